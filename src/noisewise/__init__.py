@@ -1,0 +1,15 @@
+"""noisewise: published methods for work where the ideal signal is missing, each measured against honest baselines."""
+
+import lazy_loader
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["errors", "metrics", "noise", "report", "runs", "sampling", "targets", "typing"],
+    submod_attrs={
+        "errors": ["NoisewiseError", "NoisewiseWarning"],
+        "sampling": ["sample"],
+        "targets": ["as_target"],
+    },
+)

@@ -1,0 +1,132 @@
+"""Mixtures fitted to draws: a full-covariance Gaussian mixture by EM with the number of components chosen by BIC."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from noisewise.errors import InvalidInput, require
+from noisewise.targets.gaussian_mixture import GaussianMixture
+
+__all__ = ["StudentMixture", "fit_mixture"]
+
+_GRID = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64)
+# BIC is searched on a subsample; the chosen model is fitted to all draws
+_SEARCH_DRAWS = 2000
+# above this a full covariance per component asks for more draws than a warm-up gives
+_FULL_COVARIANCE_DIM = 60
+_WIDEN = 1.05
+_WEIGHT_FLOOR = 0.05
+
+
+def fit_mixture(draws: Float[Tensor, "draw dim"], seed: int, max_components: int = 64) -> GaussianMixture:
+    """Fit a Gaussian mixture to `draws`, widened by 5 % and with a floor on the weights, in the draws' dtype and device.
+
+    The search over the number of components stops when BIC has risen three times in a row. Covariances are full up to 60
+    dimensions, diagonal above. EM is scikit-learn's. Raises `InvalidInput` with fewer than two draws or non-finite ones.
+    """
+    count, dim = draws.shape
+    if count < 2 or not bool(torch.isfinite(draws).all()):
+        raise InvalidInput(f"a mixture needs at least two finite draws, got {count} with finite={bool(torch.isfinite(draws).all())}")
+    mixture = require("sklearn.mixture", "sampling").GaussianMixture
+    limits = require("threadpoolctl", "sampling").threadpool_limits
+    full = dim <= _FULL_COVARIANCE_DIM
+    rows = draws.detach().double().cpu()
+    # work on coordinates of unit scale, so that scikit-learn's absolute ridge means the same on every target
+    centre, scale = rows.mean(0), rows.std(0).clamp(min=1e-12)
+    table = ((rows - centre) / scale).numpy()
+
+    def fit(data: Any, components: int, restarts: int) -> Any:
+        model = mixture(
+            components,
+            covariance_type="full" if full else "diag",
+            n_init=restarts,
+            random_state=seed,
+            reg_covar=1e-8,
+            max_iter=200,
+            init_params="k-means++",
+        )
+        return _quietly(model, data)
+
+    search = table[:: max(math.ceil(count / _SEARCH_DRAWS), 1)]
+    # one thread: the tables are small, and results do not depend on the machine
+    with limits(1):
+        best, best_bic, rises = 1, math.inf, 0
+        for components in _GRID:
+            if components > max_components or components * (dim + 1) > len(search):
+                break
+            bic = fit(search, components, 2).bic(search)
+            best, best_bic, rises = (components, bic, 0) if bic < best_bic else (best, best_bic, rises + 1)
+            if rises == 3:
+                break
+        model = fit(table, best, 2)
+    weights = torch.as_tensor(model.weights_).clamp(min=_WEIGHT_FLOOR / best)
+    covariances = torch.as_tensor(model.covariances_) * _WIDEN
+    means = torch.as_tensor(model.means_) * scale + centre
+    covariances = covariances * (scale.outer(scale) if full else scale**2)
+    return GaussianMixture(means.to(draws), covariances.to(draws), (weights / weights.sum()).to(draws))
+
+
+def _quietly(model: Any, data: Any) -> Any:
+    """Fit without scikit-learn's convergence warnings: BIC judges the result, and exactness never depends on it."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.fit(data)
+
+
+@dataclass(frozen=True)
+class StudentMixture:
+    """A mixture of multivariate t distributions on the centres and shapes of a Gaussian mixture: the same, heavier tails.
+
+    `degrees` of freedom, above 2 for a finite variance. An independence proposal must not be narrower than its target.
+    """
+
+    gaussian: GaussianMixture
+    degrees: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.degrees > 0:
+            raise InvalidInput(f"degrees of freedom must be above 0, got {self.degrees!r}")
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates."""
+        return self.gaussian.dim
+
+    def log_prob(self, x: Float[Tensor, "row dim"]) -> Float[Tensor, " row"]:
+        """Normalised log density."""
+        means, root, log_weights = self._parts(x)
+        offset = x.unsqueeze(-2) - means
+        standard = torch.linalg.solve_triangular(root, offset.unsqueeze(-1), upper=False).squeeze(-1)
+        nu, dim = self.degrees, self.dim
+        constant = math.lgamma((nu + dim) / 2) - math.lgamma(nu / 2) - 0.5 * dim * math.log(nu * math.pi)
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_kernel = -0.5 * (nu + dim) * torch.log1p(standard.square().sum(-1) / nu)
+        return (log_weights + constant - log_det + log_kernel).logsumexp(-1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+        """Exact draws: a Gaussian over the root of a chi-square per draw."""
+        means, root, log_weights = self._parts(self.gaussian.mode_means)
+        chosen = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
+        options: dict[str, Any] = {"dtype": means.dtype, "device": means.device, "generator": generator}
+        normal = torch.randn((n, self.dim), **options)
+        # a chi-square with nu degrees of freedom is twice a standard gamma with shape nu / 2
+        shape = torch.full((n,), self.degrees / 2, dtype=means.dtype, device=means.device)
+        chi_square = 2 * torch._standard_gamma(shape, generator=generator)
+        scaled = normal * (self.degrees / chi_square).sqrt().unsqueeze(-1)
+        return means[chosen] + (root[chosen] @ scaled.unsqueeze(-1)).squeeze(-1)
+
+    def _parts(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        covariances = self.gaussian.covariances.to(like)
+        if covariances.ndim == 2:
+            covariances = torch.diag_embed(covariances)
+        return (
+            self.gaussian.means.to(like),
+            torch.linalg.cholesky(covariances),
+            self.gaussian.weights.to(like).log(),
+        )

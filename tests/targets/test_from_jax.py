@@ -1,0 +1,98 @@
+"""from_jax: precision follows the tensor, the user's configuration stays, errors come before any sampling."""
+
+import sys
+
+import pytest
+import torch
+
+from noisewise.errors import InvalidInput, MissingExtra
+from noisewise.targets import jax as bridge
+from noisewise.targets.jax import from_jax
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+
+def quartic(x):
+    return -(x**4).sum(-1) + jnp.cos(x).sum(-1)
+
+
+@pytest.fixture
+def points():
+    return torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_float64_is_exact_and_the_configuration_is_untouched(points, batched):
+    before = jax.config.jax_enable_x64
+    value, score = from_jax(quartic, 3, batched=batched).log_prob_and_score(points)
+    torch.testing.assert_close(value, -(points**4).sum(-1) + points.cos().sum(-1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(score, -4 * points**3 - points.sin(), rtol=1e-13, atol=1e-13)
+    assert jax.config.jax_enable_x64 == before
+    assert jnp.ones(2).dtype == (jnp.float64 if before else jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_are_computed_in_float32(points, dtype):
+    x = points.to(dtype)
+    value, score = from_jax(quartic, 3).log_prob_and_score(x)
+    assert value.dtype == score.dtype == dtype
+    torch.testing.assert_close(score, (-4 * x.float() ** 3 - x.float().sin()).to(dtype))
+
+
+def test_a_score_that_jax_forwards_from_its_input_is_a_copy(points):
+    target = from_jax(lambda x: (x * jax.lax.stop_gradient(x)).sum(), 3)
+    kept = points.clone()
+    score = target.log_prob_and_score(points)[1]
+    score.fill_(9)
+    torch.testing.assert_close(points, kept, rtol=0, atol=0)
+
+
+def test_each_batch_shape_is_compiled_once(points):
+    traces = []
+
+    def counted(x):
+        traces.append(x.dtype)
+        return quartic(x)
+
+    target = from_jax(counted, 3)
+    target.log_prob_and_score(points)
+    after_first = len(traces)
+    for _ in range(3):
+        target.log_prob_and_score(points)
+    assert len(traces) == after_first
+    target.log_prob_and_score(points[:2])
+    assert len(traces) > after_first
+
+
+def test_the_dlpack_road_gives_the_same_tree(points):
+    compiled = jax.jit(lambda x: {"value": quartic(x), "input": x})
+    x = points.float().T.contiguous().T
+    expected, got = bridge.call_jax(compiled, x), bridge.over_dlpack(compiled, x)
+    assert set(got) == {"value", "input"}
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    got["input"].fill_(9)
+    torch.testing.assert_close(x, points.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "message"),
+    [
+        (lambda x: -(x**2), {}, r"map shape \[3\] to \[\], got \(3,\)"),
+        (lambda x: -(x**2).sum(), {"batched": True}, r"map shape \[4, 3\] to \[4\], got \(\)"),
+        (lambda x: -(x**2).sum(0), {"batched": True}, r"got \(3,\); sum over the last axis only"),
+        (lambda x: (-(x**2).sum(), x), {}, r"fn must map shape"),
+        (lambda x: torch.as_tensor(x).sum(), {}, "could not trace"),
+        (lambda x: 0.0 if x[0] > 0 else 1.0, {}, "could not trace fn.*TracerBoolConversionError"),
+        ("log_prob", {}, "fn must be callable, got 'log_prob'"),
+    ],
+)
+def test_functions_that_cannot_work_are_refused_at_once(fn, options, message):
+    with pytest.raises(InvalidInput, match=message):
+        from_jax(fn, 3, **options)
+
+
+def test_missing_jax_gives_the_pip_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'noisewise\[jax\]'"):
+        from_jax(quartic, 3)
