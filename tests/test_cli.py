@@ -218,7 +218,6 @@ def test_options_that_cannot_work_are_refused_before_any_work(two_modes, monkeyp
     assert re.search(words, message), message
 
 
-@pytest.mark.filterwarnings("ignore::noisewise.errors.NoisewiseWarning")  # some of these cannot change modes, rightly
 @pytest.mark.parametrize("method", ["digs", "pt", "smc", "mala", "hmc", "ula"])
 def test_sample_leaves_a_folder_that_agrees_with_itself(two_modes, tmp_path, method):
     out = tmp_path / "run"
@@ -249,7 +248,6 @@ def test_the_default_finds_both_weights(two_modes, tmp_path):
     assert (draws.positions[..., 0] > 0).double().mean().item() == pytest.approx(0.7, abs=0.06)
 
 
-@pytest.mark.filterwarnings("ignore::noisewise.errors.NoisewiseWarning")
 def test_a_folder_with_a_run_is_kept_and_resumed_only_by_the_same_command(two_modes, tmp_path):
     out = tmp_path / "run"
     command = [
@@ -283,7 +281,6 @@ def test_a_folder_with_a_run_is_kept_and_resumed_only_by_the_same_command(two_mo
         run(*command, "--resume")
 
 
-@pytest.mark.filterwarnings("ignore::noisewise.errors.NoisewiseWarning")
 def test_starts_come_from_a_file(two_modes, tmp_path):
     np.save(tmp_path / "start.npy", np.array([-4.0, -4.0]))
     out = tmp_path / "run"

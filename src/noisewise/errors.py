@@ -32,4 +32,6 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
-        raise MissingExtra(f"{name} is not installed ({error}); install it with: pip install 'noisewise[{extra}]'") from error
+        raise MissingExtra(
+            f"{name} is not installed ({error}); install it with: pip install 'noisewise[{extra}]'"
+        ) from error

@@ -1,5 +1,6 @@
 """Gaussian corruption x_t = a x + s eps and schedules of it; shared by samplers, score identities and diffusion models."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,9 +43,7 @@ class Corruption:
         """Noise scale in units of x, s / a."""
         return self.s / self.a
 
-    def corrupt(
-        self, x: Float[Tensor, "*batch dim"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch dim"]:
+    def corrupt(self, x: Float[Tensor, "*batch dim"], generator: torch.Generator) -> Float[Tensor, "*batch dim"]:
         """Draw x_t = a x + s eps, of the dtype and device of `x`."""
         eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         return self.a * x + self.s * eps
@@ -63,7 +62,7 @@ class NoiseSchedule:
         levels = tuple(levels)
         if not levels:
             raise InvalidInput("a NoiseSchedule needs at least one level, got none")
-        for cleaner, noisier in zip(levels, levels[1:], strict=False):
+        for cleaner, noisier in itertools.pairwise(levels):
             if noisier.r <= cleaner.r:
                 raise InvalidInput(
                     f"levels must go from clean to noisy, but r = s/a goes from {cleaner.r:.6g} to {noisier.r:.6g}"
@@ -108,7 +107,9 @@ class NoiseSchedule:
                 raise InvalidInput(f"{name} must lie in (0, 1), got {alpha!r}; at 1 no noise is left")
         if levels > 1 and alpha_min >= alpha_max:
             raise InvalidInput(f"alpha_min must be below alpha_max, got {alpha_min!r} and {alpha_max!r}")
-        alphas = [alpha_min] if levels == 1 else torch.linspace(alpha_max, alpha_min, levels, dtype=torch.float64).tolist()
+        alphas = (
+            [alpha_min] if levels == 1 else torch.linspace(alpha_max, alpha_min, levels, dtype=torch.float64).tolist()
+        )
         return cls([Corruption(alpha, math.sqrt(1 - alpha**2)) for alpha in alphas])
 
     @classmethod

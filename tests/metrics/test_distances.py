@@ -16,7 +16,7 @@ def normal(n, dim, seed, dtype=torch.float64, scale=1.0):
 
 
 def looped_mmd2(x, y, biased):
-    """The recipe of digs.md 3.1, one pair at a time."""
+    """The recipe of Chen et al. (2024), one pair at a time."""
     pooled = torch.cat([x, y]).tolist()
 
     def square(u, v):

@@ -74,7 +74,6 @@ def nothing_to_sample():
         (discrete, "site 'cluster' is discrete.*MixtureSameFamily"),
         (delta, "site 'fixed' is a Delta.*numpyro.deterministic"),
         (nothing_to_sample, "no latent sample site"),
-        (3, "callable"),
     ],
 )
 def test_models_that_cannot_be_sampled_are_refused_by_site(model, message):

@@ -51,9 +51,9 @@ class TuneSteps:
 
     opening_gradients = closing_gradients = 0
 
-    def __init__(self, kernel: Any, steps: int) -> None:
+    def __init__(self, kernel: Any, gradients: int) -> None:
         self._kernel = kernel
-        self._steps = steps
+        self._gradients = gradients
 
     def template(self) -> Kernel:
         """The kernel before tuning."""
@@ -64,14 +64,16 @@ class TuneSteps:
     ) -> tuple[Kernel, Any, dict[str, Tensor], int]:
         """Start from a step size of the order of the local scale of the scores at the starts."""
         dim = state.position.shape[-1]
-        start = self._kernel.initial_step_size(local_scale(state.score), dim).to(state.position)
-        tuned = self._kernel.with_settings({"step_size": start})
+        # what an earlier phase has settled stays
+        base = self._kernel.with_settings(kernel.settings()) if type(kernel) is type(self._kernel) else self._kernel
+        start = base.initial_step_size(local_scale(state.score), dim).to(state.position)
+        tuned = base.with_settings({"step_size": start})
         memory = {
             **dual_averaging_start(start.cpu()),
             "squares": torch.zeros(dim, dtype=torch.float64),
             "seen": torch.zeros((), dtype=torch.float64),
         }
-        return tuned, state, memory, self._steps
+        return tuned, state, memory, max(self._gradients // tuned.gradients_per_step, 1)
 
     def update(
         self, kernel: Any, state: ChainState, info: Any, memory: dict[str, Tensor], index: int, steps: int

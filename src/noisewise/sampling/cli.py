@@ -1,10 +1,12 @@
 """`noisewise sample`: draw from a function in a user's file, or from a zoo problem, into a folder with a report."""
 
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from noisewise.errors import InvalidInput, RunFolderError
+from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 from noisewise.files import write_atomically
 from noisewise.typing import check_count, check_positive
 
@@ -112,11 +114,14 @@ def sample_command(
         }
         _prepare_folder(out, command, resume)
 
-    import noisewise.sampling as sampling
-
+    sampling: Any = importlib.import_module("noisewise.sampling")  # its lazy names are unknown to a type checker
     kernel = target if method is SamplingMethod.AUTO else getattr(sampling, _KERNELS[method])(target)
     checkpoint = None if out is None else out / _DRAWS
-    result = sampling.sample(kernel, init=starts, budget=limit, checkpoint=checkpoint, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", NoisewiseWarning
+        )  # the summary repeats them, on the screen, as JSON and in the report
+        result = sampling.sample(kernel, init=starts, budget=limit, checkpoint=checkpoint, **options)
     _show(result, out, as_json)
 
 
@@ -140,8 +145,6 @@ def _show(result: "Draws", out: Path | None, as_json: bool) -> None:
         return
     console = Console()
     console.print(summary.table())
-    cost = result.cost
-    console.print(f"{cost.gradients:,} gradient calls in {cost.seconds:.1f} s", highlight=False)
     if out is None:
         console.print("nothing was kept; -o FOLDER keeps draws, summary and report", highlight=False)
     else:

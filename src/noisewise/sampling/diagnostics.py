@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noisewise.errors import require
 from noisewise.metrics.measurement import Measurement
-from noisewise.metrics.modes import ModeWeights, label_ess, mode_flips, mode_weights
+from noisewise.metrics.modes import ModeWeights, assign_modes, label_ess, mode_flips, mode_weights
 from noisewise.sampling.mixture_fit import fit_mixture
 from noisewise.targets.gaussian_mixture import GaussianMixture
 from noisewise.typing import Cost
@@ -197,17 +197,21 @@ class Summary:
             modes.add_row(str(mode), f"{float(self.weights.weights[mode]):.4f}", se)
         parts: list[Any] = [coordinates, modes]
         if len(self.names) > 20 or len(self.weights.weights) > 12:
-            parts.append(Text(f"({max(len(self.names) - 20, 0)} more coordinates, {max(len(self.weights.weights) - 12, 0)} more modes)"))
+            parts.append(
+                Text(
+                    f"({max(len(self.names) - 20, 0)} more coordinates, {max(len(self.weights.weights) - 12, 0)} more modes)"
+                )
+            )
         parts.append(Text(f"{self.cost.gradients:,} gradient calls, {self.cost.seconds:.1f} s"))
         parts += [Text(f"! {note}", style="yellow") for note in self.notes]
         return Group(*parts)
 
 
-def summarise(draws: "Draws", modes: Tensor | Callable[[Tensor], Tensor] | None = None) -> Summary:
-    """Coordinates by ArviZ; modes as given (centres or labels) or as found in the draws."""
+def summarise(draws: "Draws", modes: Modes | Tensor | Callable[[Tensor], Tensor] | None = None) -> Summary:
+    """Coordinates by ArviZ; modes as given (`Modes`, centres or labels) or as found in the draws."""
     arviz = require("arviz", "sampling")
     positions = draws.positions
-    chains, count, dim = positions.shape
+    chains, _, dim = positions.shape
     table = positions.double().cpu().numpy()
     with warnings.catch_warnings():
         # short runs make ArviZ warn; the numbers come back NaN and are shown so
@@ -219,17 +223,14 @@ def summarise(draws: "Draws", modes: Tensor | Callable[[Tensor], Tensor] | None 
             "ess_tail": arviz.ess(data, method="tail"),
         }
     columns = {name: torch.as_tensor(value["x"].values).reshape(dim) for name, value in diagnostics.items()}
-    if modes is None:
-        found = find_modes(positions)
-        assign: Any = found.label
-        number, centres = found.count, found.centres
+    modes = find_modes(positions) if modes is None else modes
+    if isinstance(modes, Modes):
+        assign: Any = modes.label
+        centres: Tensor | None = modes.centres
     else:
         assign, centres = modes, modes if isinstance(modes, Tensor) else None
-        number = len(modes) if isinstance(modes, Tensor) else None
-    from noisewise.metrics.modes import assign_modes
-
     labels = assign_modes(positions, assign)
-    number = int(labels.max()) + 1 if number is None else number
+    number = int(labels.max()) + 1 if centres is None else len(centres)
     return Summary(
         names=draws.names or [f"x[{i}]" for i in range(dim)],
         mean=positions.double().mean((0, 1)).cpu(),
@@ -248,7 +249,9 @@ def _notes(draws: "Draws", labels: Int[Tensor, "chain draw"]) -> list[str]:
     """What R-hat cannot see."""
     notes = []
     if draws.config.get("one_start"):
-        notes.append("all chains started at one point: agreement between them (R-hat) does not show that all modes were found")
+        notes.append(
+            "all chains started at one point: agreement between them (R-hat) does not show that all modes were found"
+        )
     moving = (labels[:, 1:] != labels[:, :-1]).any()
     if len(labels.unique()) > 1 and not bool(moving):
         notes.append("chains sit in different modes and none ever changed: the mode weights are those of the starts")

@@ -10,7 +10,16 @@ from torch import Tensor
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption, NoiseSchedule
 from noisewise.sampling.adaptation import TuneSteps
-from noisewise.sampling.kernel import ChainState, InnerKernel, Moved, Phase, as_setting, finite, local_scale, select
+from noisewise.sampling.kernel import (
+    ChainState,
+    Kernel,
+    Moved,
+    Phase,
+    as_setting,
+    finite,
+    local_scale,
+    select,
+)
 from noisewise.sampling.mala import MALA, _plain
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
@@ -78,7 +87,9 @@ class DiGS:
         if not isinstance(inner, type(inner)) or not hasattr(inner, "advance") or isinstance(inner, DiGS):
             raise InvalidInput(f"inner must be a MALA or HMC kernel on the same target, got {self.inner!r}")
         if inner.target is not self.target:
-            raise InvalidInput("inner must be built on the same target object as DiGS: DiGS(target, inner=MALA(target, ...))")
+            raise InvalidInput(
+                "inner must be built on the same target object as DiGS: DiGS(target, inner=MALA(target, ...))"
+            )
         if self.step_size is None and inner.step_size is not None:
             object.__setattr__(self, "step_size", inner.step_size)
         if self.metric is not None and inner.metric is None:
@@ -172,7 +183,9 @@ class DiGS:
         accept = uniform.log() < log_ratio
         return select(accept, proposed, state), Moved(log_ratio.clamp(max=0).exp(), (~valid).sum())
 
-    def _multiple_try_start(self, state: ChainState, z: Tensor, uniform: Tensor, tilt: Tilt) -> tuple[ChainState, Moved]:
+    def _multiple_try_start(
+        self, state: ChainState, z: Tensor, uniform: Tensor, tilt: Tilt
+    ) -> tuple[ChainState, Moved]:
         """Pick among all z_k and x with weights exp(log p): given x_t they are exchangeable draws of q(x | x_t)."""
         tries, chains, dim = z.shape
         values = self.target.log_prob(z.reshape(-1, dim)).reshape(tries, chains).detach()
@@ -237,23 +250,15 @@ class DiGS:
         return replace(self, **changes)
 
     def warmup_phases(self, gradients: int, state: ChainState) -> list[Phase]:
-        """The schedule from the starts, then step sizes per level, as far as they were left open."""
-        kernel = self if self.schedule is not None else replace(self, schedule=self._schedule_from(state))
-        if self.step_size is not None and self.schedule is not None:
-            return []
-        return [TuneSteps(kernel, max(gradients // kernel.gradients_per_step, 1))]
-
-    def _schedule_from(self, state: ChainState) -> NoiseSchedule:
-        """Geometric in r from the local scale to the spread of the starts, both in units of the metric."""
-        scale = local_scale(state.score).double().cpu()
-        spread = state.position.double().std(0, correction=0).cpu()
-        if self.metric is not None:
-            root = self.metric.double().sqrt().cpu()
-            scale, spread = scale / root, spread / root
-        narrow = float(scale.median())
-        # starts on one point say nothing of the spread: reach ten local scales, as a = 0.1 does at unit scale
-        wide = float(spread.max()) if float(spread.max()) > 2 * narrow else 10 * narrow
-        return NoiseSchedule.from_scale(narrow, wide, 4)
+        """The schedule, from a stretch of the inner kernel, then step sizes per level, as far as they were left open."""
+        if self.schedule is None:
+            local = replace(self.inner, step_size=None)
+            fifth = max(gradients // 5, 1)
+            first = TuneSteps(local, fifth)
+            return [_ChooseSchedule(self, first), TuneSteps(self, gradients - fifth)]
+        if self.step_size is None:
+            return [TuneSteps(self, gradients)]
+        return []
 
     def state_type(self) -> type:
         """`ChainState`."""
@@ -271,6 +276,51 @@ class DiGS:
         }
 
 
+class _ChooseSchedule:
+    """Let the inner kernel settle in the modes next to the starts, then space the levels from their width to the spread."""
+
+    opening_gradients = closing_gradients = 0
+
+    def __init__(self, kernel: DiGS, local: TuneSteps) -> None:
+        self._kernel = kernel
+        self._local = local
+
+    def template(self) -> Kernel:
+        """The inner kernel."""
+        return self._local.template()
+
+    def begin(
+        self, kernel: Any, state: ChainState, generator: torch.Generator
+    ) -> tuple[Kernel, Any, dict[str, Tensor], int]:
+        """Remember the starts' spread."""
+        local, state, memory, steps = self._local.begin(kernel, state, generator)
+        return local, state, {**memory, "spread": state.position.double().std(0, correction=0).cpu()}, steps
+
+    def update(
+        self, kernel: Any, state: ChainState, info: Any, memory: dict[str, Tensor], index: int, steps: int
+    ) -> tuple[Kernel, Any, dict[str, Tensor]]:
+        """Tune the inner kernel."""
+        return self._local.update(kernel, state, info, memory, index, steps)
+
+    def finished(self, state: Any) -> bool:
+        """Never before its steps ran out."""
+        return False
+
+    def end(
+        self, kernel: Any, state: ChainState, memory: dict[str, Tensor], generator: torch.Generator
+    ) -> tuple[Kernel, Any]:
+        """Geometric in r from the local scale to the spread of the starts, both in units of the metric."""
+        metric = self._kernel.metric
+        root = 1.0 if metric is None else metric.double().sqrt().cpu()
+        narrow = float((local_scale(state.score).double().cpu() / root).median())
+        spread = float(
+            (torch.maximum(memory["spread"], state.position.double().std(0, correction=0).cpu()) / root).max()
+        )
+        # starts on one point say nothing of the spread: reach ten local scales, as a = 0.1 does at unit scale
+        wide = max(spread, 10 * narrow)
+        return replace(self._kernel, schedule=NoiseSchedule.from_scale(narrow, wide, 4)), state
+
+
 def _denoising(tilt: Tilt, noisy: Tensor, spread: float | Tensor) -> Tilt:
     """The tilt of the denoising posterior of a tilted target: the product of the two Gaussian factors."""
     precision = spread**-2 if isinstance(spread, Tensor) else torch.as_tensor(spread**-2).to(noisy)
@@ -278,6 +328,3 @@ def _denoising(tilt: Tilt, noisy: Tensor, spread: float | Tensor) -> Tilt:
         return Tilt(tilt.power, precision, noisy)
     total = precision + tilt.precision
     return Tilt(tilt.power, total, (precision * noisy + tilt.precision * tilt.center) / total)
-
-
-_: type[InnerKernel] = DiGS

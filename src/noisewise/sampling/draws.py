@@ -75,7 +75,7 @@ class Draws:
         return arviz.from_dict(
             posterior={"x": self.positions.cpu().numpy()},
             sample_stats=stats,
-            coords={"coordinate": self.names or list(range(self.positions.shape[-1]))},
+            coords={"coordinate": self.names or [str(i) for i in range(self.positions.shape[-1])]},
             dims={"x": ["coordinate"]},
             attrs={"sampler": json.dumps(self.config), "gradients": self.cost.gradients},
         )
@@ -113,7 +113,9 @@ class Draws:
         config = run.config(_KIND)
         restored = run.restore()
         if restored is None or not restored[1]["pieces"]:
-            raise RunFolderError(f"{folder} holds a run without draws yet; call sample(...) with this checkpoint to go on")
+            raise RunFolderError(
+                f"{folder} holds a run without draws yet; call sample(...) with this checkpoint to go on"
+            )
         tensors, progress = restored
         pieces = [run.piece(index) for index in range(progress["pieces"])]
         stats = {name: torch.cat([piece[name] for piece in pieces])[: progress["draws"]] for name in pieces[0]}

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
-from noisewise.sampling.hmc import HMC
 from noisewise.sampling.kernel import ChainState, Kernel, Phase, finite, select
 from noisewise.sampling.ladder import TuneLadder
 from noisewise.sampling.mixture_fit import StudentMixture, fit_mixture
@@ -72,7 +71,9 @@ class FittedDiGS:
         if self.tempering is None:
             object.__setattr__(self, "tempering", ParallelTempering(self.target))
         if self.tempering.target is not self.target:  # type: ignore[union-attr]
-            raise InvalidInput("tempering must be built on the same target object: FittedDiGS(t, tempering=ParallelTempering(t))")
+            raise InvalidInput(
+                "tempering must be built on the same target object: FittedDiGS(t, tempering=ParallelTempering(t))"
+            )
         check_count("moves", self.moves)
         check_count("max_components", self.max_components)
         if not self.r > 0:
@@ -223,7 +224,9 @@ class _Denoising:
         full = torch.diag_embed(full) if full.ndim == 2 else full
         means, weights = mixture.means.double(), mixture.weights.double()
         centred = means - weights @ means
-        noise = r**2 * (torch.einsum("k,kij->ij", weights, full) + torch.einsum("k,ki,kj->ij", weights, centred, centred))
+        noise = r**2 * (
+            torch.einsum("k,kij->ij", weights, full) + torch.einsum("k,ki,kj->ij", weights, centred, centred)
+        )
         noisy = full + noise
         self._gain = torch.linalg.solve(noisy, full).mT  # S (S + R)^-1, both symmetric
         posterior = full - self._gain @ full

@@ -130,13 +130,14 @@ class HMC:
 
     def with_settings(self, settings: dict[str, Tensor]) -> Self:
         """The same kernel with these settings."""
-        return replace(self, **settings)
+        changes: dict[str, Any] = dict(settings)
+        return replace(self, **changes)
 
     def warmup_phases(self, gradients: int, state: ChainState) -> list[Phase]:
         """Step-size and metric adaptation, unless a step size was given."""
         if self.step_size is not None:
             return []
-        return [TuneSteps(self, max(gradients // self.gradients_per_step, 1))]
+        return [TuneSteps(self, gradients)]
 
     def state_type(self) -> type:
         """`ChainState`."""

@@ -35,7 +35,10 @@ class Kernel(Protocol):
     `settings()` and `with_settings(...)`: everything that warm-up may change, as named tensors.
     """
 
-    target: Target
+    @property
+    def target(self) -> Target:
+        """What it leaves invariant."""
+        ...
 
     @property
     def gradients_per_step(self) -> int:
@@ -155,7 +158,9 @@ def as_setting(name: str, value: Any, like: Tensor | None = None) -> Tensor | No
     """A step size, metric or ladder given by the user, as a positive finite tensor; None stays None."""
     if value is None:
         return None
-    tensor = torch.as_tensor(value, dtype=None if like is None else like.dtype, device=None if like is None else like.device)
+    tensor = torch.as_tensor(
+        value, dtype=None if like is None else like.dtype, device=None if like is None else like.device
+    )
     if not tensor.dtype.is_floating_point:
         tensor = tensor.to(torch.get_default_dtype())
     if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):

@@ -93,6 +93,7 @@ class Scout:
             "last": torch.zeros((stages, chains, dim), dtype=state.position.dtype),
             "last_log_prob": torch.zeros((stages, chains), dtype=state.position.dtype),
             "last_score": torch.zeros((stages, chains, dim), dtype=state.position.dtype),
+            **_home(state),
         }
         return self._at(0, memory, state), state, memory, len(self._powers)
 
@@ -106,6 +107,8 @@ class Scout:
     ) -> tuple[Kernel, Any, dict[str, Tensor]]:
         """Adapt one step size in units of sqrt(1/beta), record the cooling stages, move on to the next beta."""
         memory = dual_averaging(memory, info.acceptance.detach().cpu(), self._hmc.target_acceptance)
+        if index == self._heat_steps - 1:
+            memory |= _home(state)
         cooling = index - len(self._cooling) * self._heat_steps
         if cooling >= 0:
             stage, within = divmod(cooling, self._cool_steps)
@@ -134,15 +137,28 @@ class Scout:
         length = float(swap_distance(acceptance).sum())
         temperatures = min(max(math.ceil(length / _UNITS_PER_SWAP) + 1, 2), self._kernel.max_temperatures)
         ladder = even_ladder(betas, acceptance, temperatures)
-        step = memory["da_mean"].exp()[0] * ladder**-self._kernel.length_power
-        tempered = self._kernel.with_settings(
-            {"betas": ladder.to(torch.float64), "step_size": step.to(state.position)}
-        )
+        tempered = self._kernel.with_settings({"betas": ladder})
+        step = tempered.initial_step_size(local_scale(state.score).cpu(), state.position.shape[1])
+        if isinstance(self._kernel.inner, HMC):
+            step = memory["da_mean"].exp()[0] * ladder**-self._kernel.length_power
+        tempered = tempered.with_settings({"step_size": step.to(state.position)})
         nearest = (self._cooling.log().unsqueeze(0) - ladder.log().unsqueeze(1)).abs().argmin(1)
+        # every other chain keeps its cold half where it started: heating forgets narrow modes, starts may know them
+        chains = state.position.shape[0]
+        stays = (torch.arange(temperatures)[:, None] * 2 < temperatures) & (torch.arange(chains) % 2 == 1)
         replicas = tempered.start(state)._replace(
-            replica=memory["last"][nearest].to(state.position),
-            log_prob=memory["last_log_prob"][nearest].to(state.position),
-            score=memory["last_score"][nearest].to(state.position),
+            **{
+                name: torch.where(
+                    stays.reshape(temperatures, chains, *[1] * (memory[last].ndim - 2)),
+                    memory[home],
+                    memory[last][nearest],
+                ).to(state.position)
+                for name, home, last in (
+                    ("replica", "home", "last"),
+                    ("log_prob", "home_log_prob", "last_log_prob"),
+                    ("score", "home_score", "last_score"),
+                )
+            }
         )
         return tempered, replicas
 
@@ -154,6 +170,15 @@ class Scout:
                 break
             free = stage
         return free
+
+
+def _home(state: ChainState) -> dict[str, Tensor]:
+    """Where the chains are before they are heated."""
+    return {
+        "home": state.position.cpu().clone(),
+        "home_log_prob": state.log_prob.cpu().clone(),
+        "home_score": state.score.cpu().clone(),
+    }
 
 
 def _mixing(first: Float[Tensor, "chain dim"], last: Float[Tensor, "chain dim"]) -> float:
@@ -169,7 +194,9 @@ def _mixing(first: Float[Tensor, "chain dim"], last: Float[Tensor, "chain dim"])
     return float(((last - first).square().mean(0) / (2 * variance)).min())
 
 
-def _swap_acceptance(betas: Float[Tensor, " rung"], log_prob: Float[Tensor, "rung draw chain"]) -> Float[Tensor, " pair"]:
+def _swap_acceptance(
+    betas: Float[Tensor, " rung"], log_prob: Float[Tensor, "rung draw chain"]
+) -> Float[Tensor, " pair"]:
     """Mean acceptance of a swap between neighbouring stages, over random pairs of their recorded energies."""
     flat = log_prob.flatten(1)
     # pair each value with every shift of the other stage's by a fixed stride: many pairs, no random numbers

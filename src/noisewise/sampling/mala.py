@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from noisewise.sampling.adaptation import TuneSteps
-from noisewise.sampling.kernel import ChainState, Kernel, Moved, Phase, as_setting, finite, select
+from noisewise.sampling.kernel import ChainState, Moved, Phase, as_setting, finite, select
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 from noisewise.typing import check_count
@@ -126,13 +126,14 @@ class MALA:
 
     def with_settings(self, settings: dict[str, Tensor]) -> Self:
         """The same kernel with these settings."""
-        return replace(self, **settings)
+        changes: dict[str, Any] = dict(settings)
+        return replace(self, **changes)
 
     def warmup_phases(self, gradients: int, state: ChainState) -> list[Phase]:
         """Step-size and metric adaptation, unless both were given."""
         if self.step_size is not None:
             return []
-        return [TuneSteps(self, max(gradients // self.gradients_per_step, 1))]
+        return [TuneSteps(self, gradients)]
 
     def state_type(self) -> type:
         """`ChainState`."""
@@ -140,7 +141,11 @@ class MALA:
 
     def describe(self) -> dict[str, Any]:
         """Name and arguments."""
-        return {"kernel": type(self).__name__, "steps": self.steps, **_plain(step_size=self.step_size, metric=self.metric)}
+        return {
+            "kernel": type(self).__name__,
+            "steps": self.steps,
+            **_plain(step_size=self.step_size, metric=self.metric),
+        }
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,3 @@ def _plain(**settings: Any) -> dict[str, Any]:
         return value if value is None or math.isfinite(value) else str(value)
 
     return {name: plain(value) for name, value in settings.items()}
-
-
-_: type[Kernel] = MALA

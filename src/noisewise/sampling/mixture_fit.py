@@ -30,7 +30,9 @@ def fit_mixture(draws: Float[Tensor, "draw dim"], seed: int, max_components: int
     """
     count, dim = draws.shape
     if count < 2 or not bool(torch.isfinite(draws).all()):
-        raise InvalidInput(f"a mixture needs at least two finite draws, got {count} with finite={bool(torch.isfinite(draws).all())}")
+        raise InvalidInput(
+            f"a mixture needs at least two finite draws, got {count} with finite={bool(torch.isfinite(draws).all())}"
+        )
     mixture = require("sklearn.mixture", "sampling").GaussianMixture
     limits = require("threadpoolctl", "sampling").threadpool_limits
     full = dim <= _FULL_COVARIANCE_DIM
@@ -45,7 +47,7 @@ def fit_mixture(draws: Float[Tensor, "draw dim"], seed: int, max_components: int
             covariance_type="full" if full else "diag",
             n_init=restarts,
             random_state=seed,
-            reg_covar=1e-8,
+            reg_covar=1e-7,
             max_iter=200,
             init_params="k-means++",
         )
@@ -64,10 +66,17 @@ def fit_mixture(draws: Float[Tensor, "draw dim"], seed: int, max_components: int
                 break
         model = fit(table, best, 2)
     weights = torch.as_tensor(model.weights_).clamp(min=_WEIGHT_FLOOR / best)
-    covariances = torch.as_tensor(model.covariances_) * _WIDEN
+    covariances = _WIDEN * _shrunk(torch.as_tensor(model.covariances_), torch.as_tensor(model.weights_), count, dim)
     means = torch.as_tensor(model.means_) * scale + centre
     covariances = covariances * (scale.outer(scale) if full else scale**2)
     return GaussianMixture(means.to(draws), covariances.to(draws), (weights / weights.sum()).to(draws))
+
+
+def _shrunk(covariances: Tensor, weights: Tensor, count: int, dim: int) -> Tensor:
+    """Each covariance moved towards their mean as if by `dim` further draws: components of few draws stay invertible."""
+    pooled = torch.einsum("k,k...->...", weights, covariances)
+    own = (weights * count).reshape(-1, *[1] * (covariances.ndim - 1))
+    return (own * covariances + dim * pooled) / (own + dim)
 
 
 def _quietly(model: Any, data: Any) -> Any:
@@ -109,7 +118,7 @@ class StudentMixture:
         log_kernel = -0.5 * (nu + dim) * torch.log1p(standard.square().sum(-1) / nu)
         return (log_weights + constant - log_det + log_kernel).logsumexp(-1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Exact draws: a Gaussian over the root of a chi-square per draw."""
         means, root, log_weights = self._parts(self.gaussian.mode_means)
         chosen = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)

@@ -111,7 +111,9 @@ def continue_run(kernel_or_target: Any, earlier: Draws, draws: int, progress: bo
     """`draws` more per chain after `earlier`; what `Draws.resume` does."""
     kernel = _as_kernel(kernel_or_target, earlier.positions.shape[-1])
     if kernel.describe() != earlier.config["kernel"] or kernel.target.dim != earlier.positions.shape[-1]:
-        raise InvalidInput(f"resume needs the kernel of the first run, {earlier.config['kernel']}, got {kernel.describe()}")
+        raise InvalidInput(
+            f"resume needs the kernel of the first run, {earlier.config['kernel']}, got {kernel.describe()}"
+        )
     kernel = kernel.with_settings(_on(earlier.settings, earlier.positions))
     state = kernel.state_type()(**_on(earlier.final.state, earlier.positions))
     cold = state.cold if hasattr(state, "cold") else state
@@ -158,7 +160,9 @@ def _starts(target: Target, init: Any, chains: int | None, seed: int) -> Float[T
     if start.ndim == 1:
         start = start.expand(chains or 64, -1)
     if start.ndim != 2 or start.shape[1] != target.dim:
-        raise InvalidInput(f"init must be [chain, {target.dim}] or [{target.dim}], got shape {tuple(torch.as_tensor(init).shape)}")
+        raise InvalidInput(
+            f"init must be [chain, {target.dim}] or [{target.dim}], got shape {tuple(torch.as_tensor(init).shape)}"
+        )
     if chains is not None and len(start) != chains:
         raise InvalidInput(f"chains={chains} was asked for, but init has {len(start)} rows")
     return start.detach().clone()
@@ -389,7 +393,9 @@ class _Run:
     def _bill(self, gradients: int, energies: int) -> None:
         chains = self.config["chains"]
         self.cost = replace(
-            self.cost, gradients=self.cost.gradients + chains * gradients, energies=self.cost.energies + chains * energies
+            self.cost,
+            gradients=self.cost.gradients + chains * gradients,
+            energies=self.cost.energies + chains * energies,
         )
 
     # --- keeping
@@ -402,7 +408,9 @@ class _Run:
         """Add the time since the last tick, and the non-finite counts, to the bill."""
         now = time.monotonic()
         self.cost = replace(
-            self.cost, seconds=self.cost.seconds + now - self._clock, nonfinite=self.cost.nonfinite + int(self.nonfinite)
+            self.cost,
+            seconds=self.cost.seconds + now - self._clock,
+            nonfinite=self.cost.nonfinite + int(self.nonfinite),
         )
         self.nonfinite = torch.zeros_like(self.nonfinite)
         self._clock = now
@@ -444,7 +452,9 @@ class _Run:
         stats = {name: torch.stack(values) for name, values in self.stats.items()}
         if self.positions:
             pieces = [*pieces, {"positions": torch.stack(self.positions), **stats}]
-        merged = {name: torch.cat([piece[name].to(like.device) for piece in pieces]) for name in (pieces[0] if pieces else ())}
+        merged = {
+            name: torch.cat([piece[name].to(like.device) for piece in pieces]) for name in (pieces[0] if pieces else ())
+        }
         if not merged:
             merged = {"positions": like.new_zeros((0, *like.shape)), "log_prob": like.new_zeros((0, len(like)))}
         if self.plan.draws is not None:

@@ -1,6 +1,7 @@
 """Adaptive tempered sequential Monte Carlo (Del Moral, Doucet & Jasra 2006): particles annealed from a Gaussian."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -9,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
-from noisewise.sampling.adaptation import dual_averaging, dual_averaging_start
 from noisewise.sampling.hmc import HMC
 from noisewise.sampling.kernel import ChainState, Kernel, Phase, as_setting, local_scale
 from noisewise.sampling.mala import _given, _plain
@@ -60,6 +60,7 @@ class TemperedSMC:
     moves: int = 4
     leapfrogs: int = 5
     step_size: float | Tensor | None = None
+    warmup_share = 0.95  # of a budget: the annealing is all the work, and ends early when it has arrived
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", as_target(self.target))
@@ -112,9 +113,7 @@ class TemperedSMC:
         tilt = Tilt(beta, (1 - beta) / scale**2, mean)
         particles, moved = hmc.advance(particles, hmc.noise(x, generator), step, tilt)
         log_normalizer = state.log_normalizer + log_weight.logsumexp(0) - math.log(len(x))
-        info = SMCInfo(
-            moved.acceptance.mean().reshape(1), beta, 1 / weight.square().sum() / len(x), moved.nonfinite
-        )
+        info = SMCInfo(moved.acceptance.mean().reshape(1), beta, 1 / weight.square().sum() / len(x), moved.nonfinite)
         return SMCState(*particles, beta, log_normalizer), info
 
     def _reference(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +141,8 @@ class TemperedSMC:
 
     def with_settings(self, settings: dict[str, Tensor]) -> Self:
         """The same kernel with these settings."""
-        return replace(self, **settings)
+        changes: dict[str, Any] = dict(settings)
+        return replace(self, **changes)
 
     def warmup_phases(self, gradients: int, state: ChainState) -> list[Phase]:
         """The annealing, as many steps as it takes within `gradients`."""
@@ -200,19 +200,18 @@ class _Anneal:
         mean, scale = kernel._reference(x)
         fresh = mean + scale * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         state = kernel.init(fresh)
-        adapt = self._kernel.step_size is None
         step = kernel._hmc.initial_step_size(scale.expand(x.shape[-1]), x.shape[-1])
         step = torch.minimum(step, 10 * local_scale(state.score).min().to(step))
-        memory = dual_averaging_start(step.cpu()) if adapt else {}
-        return kernel.with_settings({"step_size": step} if adapt else {}), state, memory, self._steps
+        open_step = {"step_size": step} if self._kernel.step_size is None else {}
+        return kernel.with_settings(open_step), state, {}, self._steps
 
     def update(
         self, kernel: Any, state: SMCState, info: SMCInfo, memory: dict[str, Tensor], index: int, steps: int
     ) -> tuple[Kernel, Any, dict[str, Tensor]]:
-        """Dual averaging of the one step size; the target narrows on the way, so the latest value counts."""
-        if memory:
-            memory = dual_averaging(memory, info.acceptance.cpu(), kernel.target_acceptance)
-            kernel = kernel.with_settings({"step_size": memory["da_log"].exp()[0].to(state.position)})
+        """One multiplicative correction per temperature: the target narrows on the way, so old rates do not count."""
+        if self._kernel.step_size is None:
+            excess = float(info.acceptance) - kernel.target_acceptance
+            kernel = kernel.with_settings({"step_size": kernel.step_size * math.exp(excess)})
         return kernel, state, memory
 
     def finished(self, state: SMCState) -> bool:
@@ -224,8 +223,6 @@ class _Anneal:
     ) -> tuple[Kernel, Any]:
         """Warn where the target was not reached."""
         if not self.finished(state):
-            import warnings
-
             warnings.warn(
                 f"the annealing reached beta = {float(state.beta):.3g}, not 1, within its warm-up: the draws are not yet of "
                 "the target; give a larger budget or warmup, or fewer particles",

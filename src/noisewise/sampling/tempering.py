@@ -78,7 +78,9 @@ class ParallelTempering:
         if not hasattr(inner, "advance"):
             raise InvalidInput(f"inner must be a kernel such as HMC, MALA or DiGS, got {self.inner!r}")
         if inner.target is not self.target:
-            raise InvalidInput("inner must be built on the same target object: ParallelTempering(target, inner=HMC(target))")
+            raise InvalidInput(
+                "inner must be built on the same target object: ParallelTempering(target, inner=HMC(target))"
+            )
         if self.metric is not None and hasattr(inner, "metric"):
             inner = replace(inner, metric=self.metric)
         object.__setattr__(self, "inner", inner)
@@ -91,7 +93,9 @@ class ParallelTempering:
             betas = torch.as_tensor(self.betas, dtype=torch.float64)
             falls = betas.ndim == 1 and len(betas) >= 2 and bool((betas[1:] < betas[:-1]).all() & (betas[-1] > 0))
             if not falls or float(betas[0]) != 1:
-                raise InvalidInput(f"betas must fall strictly from 1 to above 0, at least two of them, got {self.betas!r}")
+                raise InvalidInput(
+                    f"betas must fall strictly from 1 to above 0, at least two of them, got {self.betas!r}"
+                )
 
     @property
     def ladder(self) -> Float[Tensor, " temperature"]:
@@ -170,16 +174,23 @@ class ParallelTempering:
         pair = torch.arange(count - 1, device=beta.device).unsqueeze(-1)
         accept = ((uniform.log() < log_ratio) & (pair % 2 == state.parity)).long()
         none = torch.zeros((1, chains), dtype=torch.long, device=beta.device)
-        source = torch.arange(count, device=beta.device).unsqueeze(-1) + torch.cat([accept, none]) - torch.cat([none, accept])
+        source = (
+            torch.arange(count, device=beta.device).unsqueeze(-1)
+            + torch.cat([accept, none])
+            - torch.cat([none, accept])
+        )
         wide = source.unsqueeze(-1).expand(-1, -1, dim)
         swapped = PTState(
-            state.replica.gather(0, wide), state.log_prob.gather(0, source), state.score.gather(0, wide), 1 - state.parity
+            state.replica.gather(0, wide),
+            state.log_prob.gather(0, source),
+            state.score.gather(0, wide),
+            1 - state.parity,
         )
         return swapped, log_ratio.clamp(max=0).exp().mean(1)
 
     def _step_sizes(self, beta: Tensor) -> Tensor:
         if self.step_size is None:
-            return 0.1 * beta ** -self.length_power
+            return 0.1 * beta**-self.length_power
         return torch.as_tensor(self.step_size, dtype=beta.dtype, device=beta.device).reshape(-1).expand(len(beta))
 
     @property
@@ -199,7 +210,8 @@ class ParallelTempering:
 
     def with_settings(self, settings: dict[str, Tensor]) -> Self:
         """The same kernel with these settings."""
-        return replace(self, **settings)
+        changes: dict[str, Any] = dict(settings)
+        return replace(self, **changes)
 
     def warmup_phases(self, gradients: int, state: ChainState) -> list[Phase]:
         """Scout the ladder if it is open, then tune step sizes (and swap rates); nothing if all is given."""

@@ -23,14 +23,14 @@ class IsotropicComponents:
     minus_precision: Float[Tensor, "modes 1"]
     minus_half_precision: Float[Tensor, "modes 1"]
 
-    def log_joint(self, columns: Float[Tensor, "dim n"]) -> tuple[Float[Tensor, "modes n"], Float[Tensor, "dim modes n"]]:
+    def log_joint(
+        self, columns: Float[Tensor, "dim n"]
+    ) -> tuple[Float[Tensor, "modes n"], Float[Tensor, "dim modes n"]]:
         """Log weight plus log density of each component, and the residual that `pull` needs."""
         difference = columns.unsqueeze(1) - self.centers
         return torch.addcmul(self.log_peak, difference.square().sum(0), self.minus_half_precision), difference
 
-    def pull(
-        self, residual: Float[Tensor, "dim modes n"], share: Float[Tensor, "modes n"]
-    ) -> Float[Tensor, "dim n"]:
+    def pull(self, residual: Float[Tensor, "dim modes n"], share: Float[Tensor, "modes n"]) -> Float[Tensor, "dim n"]:
         """Sum of the components' scores weighted by `share`."""
         return (residual * (share * self.minus_precision)).sum(1)
 
@@ -43,15 +43,15 @@ class DiagonalComponents:
     log_peak: Float[Tensor, "modes 1"]
     minus_precision: Float[Tensor, "dim modes 1"]
 
-    def log_joint(self, columns: Float[Tensor, "dim n"]) -> tuple[Float[Tensor, "modes n"], Float[Tensor, "dim modes n"]]:
+    def log_joint(
+        self, columns: Float[Tensor, "dim n"]
+    ) -> tuple[Float[Tensor, "modes n"], Float[Tensor, "dim modes n"]]:
         """Log weight plus log density of each component, and the residual that `pull` needs."""
         difference = columns.unsqueeze(1) - self.centers
         residual = difference * self.minus_precision
         return torch.add(self.log_peak, (difference * residual).sum(0), alpha=0.5), residual
 
-    def pull(
-        self, residual: Float[Tensor, "dim modes n"], share: Float[Tensor, "modes n"]
-    ) -> Float[Tensor, "dim n"]:
+    def pull(self, residual: Float[Tensor, "dim modes n"], share: Float[Tensor, "modes n"]) -> Float[Tensor, "dim n"]:
         """Sum of the components' scores weighted by `share`."""
         return (residual * share).sum(1)
 
@@ -68,14 +68,14 @@ class FullComponents:
     whitening: Float[Tensor, "modes dim dim"]
     spread: Float[Tensor, "dim modes*dim"]
 
-    def log_joint(self, columns: Float[Tensor, "dim n"]) -> tuple[Float[Tensor, "modes n"], Float[Tensor, "modes dim n"]]:
+    def log_joint(
+        self, columns: Float[Tensor, "dim n"]
+    ) -> tuple[Float[Tensor, "modes n"], Float[Tensor, "modes dim n"]]:
         """Log weight plus log density of each component, and the residual that `pull` needs."""
         residual = torch.bmm(self.whitening, columns - self.centers)
         return torch.add(self.log_peak, residual.square().sum(1), alpha=-0.5), residual
 
-    def pull(
-        self, residual: Float[Tensor, "modes dim n"], share: Float[Tensor, "modes n"]
-    ) -> Float[Tensor, "dim n"]:
+    def pull(self, residual: Float[Tensor, "modes dim n"], share: Float[Tensor, "modes n"]) -> Float[Tensor, "dim n"]:
         """Sum of the components' scores weighted by `share`."""
         return self.spread @ (residual * share.unsqueeze(1)).flatten(0, 1)
 

@@ -15,7 +15,7 @@ __all__ = ["TwoBananas", "two_bananas"]
 
 
 class TwoBananas:
-    """Two Gaussian modes, each bent about its centre by u_2 -> u_2 + bend (u_1^2 - 1), u the mode's standard coordinates.
+    """Two Gaussian modes, each bent about its centre by u_2 -> u_2 + bend (u_1^2 - 1), u standard coordinates.
 
     The bend preserves volume and leaves each mode's mean where it was, so weights, log normaliser (0) and draws are
     exact. Made by `two_bananas`.
@@ -39,9 +39,11 @@ class TwoBananas:
         return self._straight.weights
 
     def _standard(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unbent standard coordinates [mode, dim, n], their first coordinate's row included, and log joint [mode, n]."""
+        """Unbent standard coordinates [mode, dim, n], scales, and log joint [mode, n]."""
         if x.shape[-1] != self.dim:
-            raise InvalidInput(f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}")
+            raise InvalidInput(
+                f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}"
+            )
         centers, scale, weights = (
             tensor.to(x) for tensor in (self._straight.means, self._straight.covariances.sqrt(), self._straight.weights)
         )
@@ -71,12 +73,14 @@ class TwoBananas:
         """Index (0 or 1) of the more probable mode of each point."""
         return self._standard(x)[2].argmax(0).reshape(x.shape[:-1])
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Exact independent draws."""
         straight = self._straight
         n = check_count("n", n, minimum=0)
         source = straight.means.device if generator is None else generator.device
-        label = (torch.rand(n, dtype=torch.float64, device=source, generator=generator) >= straight.weights[0].item()).long()
+        label = (
+            torch.rand(n, dtype=torch.float64, device=source, generator=generator) >= straight.weights[0].item()
+        ).long()
         u = torch.randn(n, self.dim, dtype=straight.means.dtype, device=source, generator=generator)
         bent = torch.cat([u[:, :1], u[:, 1:2] + self.bend * (u[:, :1] ** 2 - 1), u[:, 2:]], 1).to(straight.means.device)
         label = label.to(straight.means.device)

@@ -88,7 +88,7 @@ class BayesianNetwork:
         log_prob = self._log_posterior(theta, error)
         pull = error * (-1 / (_NOISE**2 * math.sqrt(_HIDDEN)))
         last = torch.bmm(pull.unsqueeze(1), hidden).squeeze(1)
-        # relu's gate is where the activity is positive; w2 multiplies after the sum over rows, as it is the same for all
+        # relu's gate is where the activity is positive; w2 is the same for all rows and multiplies after their sum
         gated = pull.unsqueeze(-1) * (hidden > 0)
         first = (rows.T @ gated) * theta[:, _FIRST:].unsqueeze(1)
         score = torch.cat([first.flatten(1), last], 1) - theta

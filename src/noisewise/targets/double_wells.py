@@ -37,7 +37,9 @@ class ManyWell:
 
     def _wells(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[-1] != self.dim:
-            raise InvalidInput(f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}")
+            raise InvalidInput(
+                f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}"
+            )
         return x[..., 0::2], x[..., 1::2]
 
     def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
@@ -54,7 +56,7 @@ class ManyWell:
         log_prob = ((6 - square) * square + first / 2 - second.square() / 2).sum(-1)
         return log_prob, torch.stack([(12 - 4 * square) * first + 0.5, -second], -1).flatten(-2)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Exact independent draws (rejection from a tight envelope, about 1.001 proposals each)."""
         n = check_count("n", n, minimum=0)
         wells = self.dim // 2
@@ -69,7 +71,7 @@ def _log_well(x: Tensor) -> Tensor:
 
 
 def _draw_wells(n: int, generator: torch.Generator | None) -> Tensor:
-    """Rejection from a step function over the well: with the stationary points among the knots, each step is a bound."""
+    """Rejection from a step function over the well: with its stationary points as knots, each step is a bound."""
     # -4 x^3 + 12 x + 1/2 = 0, by the trigonometric form of the cubic's roots
     angles = torch.arccos(torch.tensor(0.5 / 8, dtype=torch.float64)) / 3 - 2 * math.pi / 3 * torch.arange(3)
     knots = torch.cat([torch.linspace(-_REACH, _REACH, 4097, dtype=torch.float64), 2 * angles.cos()]).sort().values

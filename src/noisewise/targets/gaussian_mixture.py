@@ -1,4 +1,4 @@
-"""Gaussian mixtures with closed-form score, corruption and denoising posterior, and the benchmark mixtures made of them."""
+"""Gaussian mixtures with closed-form score, corruption and denoising posterior, and benchmarks made of them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class GaussianMixture:
         weights: Tensor | Sequence | None = None,
     ) -> None:
         self.means = _checked_means(means)
-        modes, self.dim = self.means.shape
+        self.dim = self.means.shape[1]
         self.covariances = _checked_covariances(covariances, self.means)
         self.weights = _checked_weights(weights, self.means)
         self._components: dict[tuple[torch.dtype, torch.device], Components] = {}
@@ -70,7 +70,9 @@ class GaussianMixture:
     def _columns(self, x: Tensor) -> Tensor:
         """Rows of x as columns [dim, n]: reductions over modes and coordinates then run over contiguous rows."""
         if x.shape[-1] != self.dim:
-            raise InvalidInput(f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the mixture has dim {self.dim}")
+            raise InvalidInput(
+                f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the mixture has dim {self.dim}"
+            )
         return x.reshape(-1, self.dim).t().contiguous()
 
     def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
@@ -107,7 +109,7 @@ class GaussianMixture:
         """Index of the most probable component of each point."""
         return self._at(x).log_joint(self._columns(x))[0].argmax(0).reshape(x.shape[:-1])
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Exact independent draws, in the mixture's dtype and device."""
         n = check_count("n", n, minimum=0)
         source = self.means.device if generator is None else generator.device
@@ -149,7 +151,7 @@ class GaussianMixture:
     def posterior_components(
         self, x_t: Float[Tensor, "*batch dim"], a: float, s: float
     ) -> tuple[Float[Tensor, "*batch modes"], Float[Tensor, "*batch modes dim"], Float[Tensor, "modes dim dim"]]:
-        """Weights, means and covariances of the mixture p(x | x_t), x_t = a x + s eps; covariances do not depend on x_t.
+        """Weights, means and covariances of the mixture p(x | x_t), the covariances shared by all x_t = a x + s eps.
 
         With G = a S (a^2 S + s^2 I)^-1: means m + G (x_t - a m), covariances (s^2 / a) G. `a`, `s` above 0.
         """
@@ -175,6 +177,10 @@ class GaussianMixture:
 
 def _value_and_score(components: Components, columns: Tensor) -> tuple[Tensor, Tensor]:
     log_joint, residual = components.log_joint(columns)
+    if log_joint.numel() <= _FEW_ELEMENTS:
+        # the largest share is exp(top) over the sum of all, which gives that sum without another pass
+        share = log_joint.softmax(0)
+        return log_joint.amax(0) - share.amax(0).log(), components.pull(residual, share)
     top, unnormalised = _softmax_parts(log_joint)
     total = unnormalised.sum(0)
     return top + total.log(), components.pull(residual, unnormalised) / total
@@ -191,7 +197,9 @@ def _softmax_parts(log_joint: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # differences [dim, modes, rows] of this many numbers stay in a core's cache; larger batches go through in parts
-_CACHED_ELEMENTS = 2**17
+_CACHED_ELEMENTS = 2**16
+# below this many log densities the number of torch calls is the whole cost, and the fused softmax saves some
+_FEW_ELEMENTS = 2**10
 _LOWEST_EXPONENT = {dtype: 0.92 * math.log(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
 
 
@@ -216,7 +224,7 @@ def _checked_covariances(covariances: Tensor | Sequence | float | int, means: Te
         given = given.expand(modes, dim, dim)
     if given.shape not in ((modes,), (modes, dim), (modes, dim, dim)):
         raise InvalidInput(
-            f"covariances of {modes} components in {dim} dimensions must be a number or have shape [{modes}] (isotropic "
+            f"covariances of {modes} components in dim {dim} must be a number or have shape [{modes}] (isotropic "
             f"variances), [{modes}, {dim}] (diagonals), [{modes}, {dim}, {dim}] or, shared, [1, {dim}, {dim}] (full); "
             f"got {tuple(given.shape)}"
         )
@@ -239,7 +247,7 @@ def _check_positive_definite(mode: int, covariance: Tensor) -> None:
     if int(torch.linalg.cholesky_ex(covariance)[1]):
         smallest = float(torch.linalg.eigvalsh(covariance.to(torch.float64))[0])
         raise InvalidInput(
-            f"the covariance of component {mode} is not positive definite (smallest eigenvalue {smallest:.3g}): {shown}; "
+            f"the covariance of component {mode} is not positive definite (least eigenvalue {smallest:.3g}): {shown}; "
             "add a small multiple of the identity, or give float64"
         )
 
@@ -255,7 +263,9 @@ def _checked_weights(weights: Tensor | Sequence | None, means: Tensor) -> Tensor
         raise InvalidInput(f"weights must be finite and above 0, got {given.tolist()}")
     total = float(given.sum(dtype=torch.float64))
     if abs(total - 1) > 1e-4:
-        raise InvalidInput(f"weights must sum to 1, got {given.tolist()} with sum {total:.6g}; divide them by their sum")
+        raise InvalidInput(
+            f"weights must sum to 1, got {given.tolist()} with sum {total:.6g}; divide them by their sum"
+        )
     return given
 
 

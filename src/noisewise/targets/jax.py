@@ -10,7 +10,6 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput, require
 from noisewise.targets.bridge import BridgedTarget
-from noisewise.typing import check_count
 
 __all__ = ["call_jax", "from_jax"]
 
@@ -22,30 +21,17 @@ def from_jax(
 
     `fn` maps one point [dim] to a scalar and is vmapped here; with `batched=True` it maps [n, dim] to [n], rows
     independent. Float64 tensors are computed in JAX's 64-bit mode, which is switched on for that call only; float32
-    tensors in the precision of your JAX configuration. Each new number of rows compiles once (seconds for large
-    models): keep the number of chains fixed. CUDA tensors stay on the device where JAX has one, by DLPack.
+    tensors in the precision of your JAX configuration. Data that `fn` holds as numpy arrays should pass through
+    `jnp.asarray(data)` inside `fn`, for JAX otherwise fixes them to the first precision it sees. Each new number of
+    rows compiles once (seconds for large models): keep the number of chains fixed. CUDA tensors stay on the device
+    where JAX has one, by DLPack.
 
-    Raises `InvalidInput` when JAX cannot trace `fn` or its result has another shape, `MissingExtra` without jax.
+    Raises `MissingExtra` without jax; `InvalidInput` at the first call when JAX cannot trace `fn` or its result has
+    another shape.
     """
     jax = require("jax", "jax")
-    dim = check_count("dim", dim)
     if not callable(fn):
         raise InvalidInput(f"fn must be callable, got {fn!r}")
-    # dim + 1 rows, so that a sum over the wrong axis shows
-    shape, wanted = ((dim + 1, dim), (dim + 1,)) if batched else ((dim,), ())
-    try:
-        traced = jax.eval_shape(fn, jax.ShapeDtypeStruct(shape, np.float32))
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise InvalidInput(
-            f"jax could not trace fn at an array of shape {list(shape)}: {type(error).__name__}: {reason}; "
-            f"fn must be jax.numpy operations on {'[n, dim]' if batched else 'one point [dim]'}"
-        ) from error
-    if getattr(traced, "shape", None) != wanted:
-        raise InvalidInput(
-            f"fn must map shape {list(shape)} to {list(wanted)}, got {getattr(traced, 'shape', traced)}; "
-            + ("sum over the last axis only" if batched else "a function of batches needs batched=True")
-        )
     on_rows = fn if batched else jax.vmap(fn)
     value = jax.jit(on_rows)
     value_and_score = jax.jit(rowwise_value_and_grad(on_rows))
@@ -64,17 +50,27 @@ def rowwise_value_and_grad(on_rows: Callable[[Any], Any]) -> Callable[[Any], tup
 
 
 def call_jax(fn: Callable[[Any], Any], x: Tensor) -> Any:
-    """Call a compiled JAX function on a torch tensor; its arrays come back as torch tensors that share no memory with it.
+    """Call a compiled JAX function on a torch tensor; its arrays come back as torch tensors with memory of their own.
 
-    Float64 is computed in JAX's 64-bit mode, within this call only. Half precisions are computed in float32.
+    Float64 is computed in JAX's 64-bit mode, within this call only. Half precisions are computed in float32. Raises
+    `InvalidInput` when JAX cannot trace or compile the function.
     """
     jax = require("jax", "jax")
     x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
     with _enable_x64(jax) if x.dtype == torch.float64 else contextlib.nullcontext():
-        if x.is_cuda and jax.default_backend() == "gpu":
-            return over_dlpack(fn, x)
-        # on the CPU numpy is the quicker road: JAX's from_dlpack costs about 0.1 ms, a copy of a batch 1 us
-        return jax.tree_util.tree_map(lambda leaf: torch.from_numpy(np.array(leaf)), fn(x.cpu().numpy()))
+        try:
+            if x.is_cuda and jax.default_backend() == "gpu":
+                return over_dlpack(fn, x)
+            # on the CPU numpy is the quicker road: JAX's from_dlpack costs about 0.1 ms, a copy of a batch 1 us
+            return jax.tree_util.tree_map(lambda leaf: torch.from_numpy(np.array(leaf)), fn(x.cpu().numpy()))
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise InvalidInput(
+                f"jax could not evaluate the function at x of shape {list(x.shape)} and dtype {x.dtype}: "
+                f"{type(error).__name__}: {reason}. It must be jax.numpy operations on x. If it holds numpy arrays and "
+                "has run in another precision before, JAX has fixed them to that one: write jnp.asarray(data) inside the "
+                "function, or switch to 64 bits at the start with jax.config.update('jax_enable_x64', True)"
+            ) from error
 
 
 def over_dlpack(fn: Callable[[Any], Any], x: Tensor) -> Any:

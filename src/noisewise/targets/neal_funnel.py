@@ -29,7 +29,9 @@ class Funnel:
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.shape[-1] != self.dim:
-            raise InvalidInput(f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}")
+            raise InvalidInput(
+                f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}"
+            )
         v, rest = x[..., 0], x[..., 1:]
         inverse_scale = (-v / 2).exp().unsqueeze(-1)
         # scaled before squaring: exp(-v) alone would overflow, and 0 * inf is NaN, twice as early
@@ -53,7 +55,7 @@ class Funnel:
         score_v = (squares - (self.dim - 1)) / 2 - v / _NECK_VARIANCE
         return self._log_density(v, squares), torch.cat([score_v.unsqueeze(-1), -standard * inverse_scale], -1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Exact independent draws."""
         n = check_count("n", n, minimum=0)
         source = None if generator is None else generator.device

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from noisewise.errors import InvalidInput, require
 from noisewise.targets.bridge import ModelTarget, split_parameters
 from noisewise.targets.jax import call_jax, rowwise_value_and_grad
@@ -16,8 +18,8 @@ def from_numpyro(model: Callable[..., Any], *model_args: Any, seed: int = 0, **m
     Coordinates are the latent sites in order of the program, each unconstrained by NumPyro's own transform and
     flattened; `.names` has one name per coordinate ("mu[0]"), `.unravel(x)` cuts them into sites, `.constrain(x)` gives
     sites and deterministic quantities on their own scales. `seed` fixes what the program draws besides latent sites
-    (subsampling, initial values of numpyro.param). Pass data as numpy arrays, which serve float32 and float64 alike;
-    precision and compilation are as in `from_jax`.
+    (subsampling, initial values of numpyro.param). Pass data as numpy arrays in the arguments, which
+    serve float32 and float64 alike; precision and compilation are as in `from_jax`.
 
     Raises `InvalidInput` for a model with no latent site, or a discrete or Delta one (named); `MissingExtra` without
     numpyro.
@@ -33,14 +35,22 @@ def from_numpyro(model: Callable[..., Any], *model_args: Any, seed: int = 0, **m
         # a fresh handler at each call: it keeps its key as state, which must not leak out of a trace
         return handlers.seed(model, rng_seed=seed)(*args, **kwargs)
 
-    shapes = _unconstrained_shapes(handlers.trace(seeded).get_trace(*model_args, **model_kwargs))
+    def arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # JAX remembers the precision in which it first saw a numpy array; each trace gets arrays it has not seen
+        def fresh(leaf: Any) -> Any:
+            return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+        return jax.tree_util.tree_map(fresh, (model_args, model_kwargs))
+
+    args, kwargs = arguments()
+    shapes = _unconstrained_shapes(handlers.trace(seeded).get_trace(*args, **kwargs))
 
     def log_prob(x: Any) -> Any:
-        return -util.potential_energy(seeded, model_args, model_kwargs, split_parameters(x, shapes))
+        return -util.potential_energy(seeded, *arguments(), split_parameters(x, shapes))
 
     def constrained(x: Any) -> Any:
         sites = split_parameters(x, shapes)
-        return util.constrain_fn(seeded, model_args, model_kwargs, sites, return_deterministic=True)
+        return util.constrain_fn(seeded, *arguments(), sites, return_deterministic=True)
 
     value = jax.jit(jax.vmap(log_prob))
     value_and_score = jax.jit(rowwise_value_and_grad(jax.vmap(log_prob)))

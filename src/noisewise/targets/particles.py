@@ -1,7 +1,7 @@
-"""Small clusters of particles, the usual bench for neural samplers: DW-4 and Lennard-Jones, batched over configurations."""
+"""Small clusters of particles, the usual bench for neural samplers: DW-4 and Lennard-Jones in any number."""
 
+from collections.abc import Callable
 from importlib.resources import as_file, files
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from noisewise.typing import check_count
 __all__ = ["DoubleWell4", "LennardJones", "LennardJones13", "double_well_4", "lennard_jones"]
 
 
-class _PairEnergy(Protocol):
-    def __call__(self, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy of a pair and its derivative, both as functions of the squared distance."""
-        ...
+# energy of a pair and its derivative, both as functions of the squared distance
+_PairEnergy = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class _ParticleCluster:
@@ -44,7 +42,9 @@ class _ParticleCluster:
     def _energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energy [n] and its gradient as [particles, space * n]."""
         if x.shape[-1] != self.dim:
-            raise InvalidInput(f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}")
+            raise InvalidInput(
+                f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}"
+            )
         # one column per configuration: all differences are then one product, exact as every row of it is +1, -1 and 0
         position = x.reshape(-1, self.dim).T.reshape(self.particles, -1)
         incidence = self._incidence.to(position)
@@ -76,7 +76,7 @@ class _ParticleCluster:
 
 
 class DoubleWell4(_ParticleCluster):
-    """Four particles in the plane with pair energy 0.9 (d - 4)^4 - 4 (d - 4)^2, temperature 1. Made by `double_well_4`."""
+    """Four particles in the plane with pair energy 0.9 (d - 4)^4 - 4 (d - 4)^2, made by `double_well_4`."""
 
     def __init__(self, tether: float = 0.0) -> None:
         super().__init__(4, 2, _double_well_energy, trap=0.0, tether=tether)

@@ -36,10 +36,18 @@ class MixturePosterior:
         self.data = torch.tensor(_shipped("low_dim_gauss_mix.json.zip")["y"], dtype=torch.float64)
         self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
+    def _rows(self, x: Tensor) -> Tensor:
+        self._check_dim(x)
+        return x.reshape(-1, self.dim)
+
+    def _check_dim(self, x: Tensor) -> None:
+        if x.shape[-1] != self.dim:
+            raise InvalidInput(
+                f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}"
+            )
+
     def _data(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data [N] and the moments (1, y, y^2) [N, 3] of the data, in the dtype of x."""
-        if x.shape[-1] != self.dim:
-            raise InvalidInput(f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the target has dim {self.dim}")
         key = (x.dtype, x.device)
         if key not in self._cache:
             moments = torch.stack([torch.ones_like(self.data), self.data, self.data**2], -1)
@@ -52,11 +60,12 @@ class MixturePosterior:
         mu, log_sigma, logit = x[:, 0:2], x[:, 2:4], x[:, 4]
         sigma = log_sigma.exp()
         log_theta = torch.nn.functional.logsigmoid(torch.stack([logit, -logit], -1))
-        # -z^2 / 2 of each component at each datum, then its weight and peak: difference form, exact for narrow components
+        # -z^2 / 2 of each component at each datum, then its weight and peak: differences first, exact for narrow ones
         scale = math.sqrt(0.5) / sigma
         first, second = (
             torch.sub(
-                (log_theta[:, k] - log_sigma[:, k]).unsqueeze(-1), ((data - mu[:, k, None]) * scale[:, k, None]).square()
+                (log_theta[:, k] - log_sigma[:, k]).unsqueeze(-1),
+                ((data - mu[:, k, None]) * scale[:, k, None]).square(),
             )
             for k in (0, 1)
         )
@@ -68,15 +77,15 @@ class MixturePosterior:
         log_jacobian = log_sigma.sum(-1) + log_theta.sum(-1)
         return log_likelihood + log_prior + log_jacobian, gap, smaller
 
-    def log_prob(self, x: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch"]:
+    def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         """Unnormalised log posterior density of unconstrained parameters."""
-        return self._log_density(x.reshape(-1, self.dim))[0].reshape(x.shape[:-1])
+        return self._log_density(self._rows(x))[0].reshape(x.shape[:-1])
 
     def log_prob_and_score(
-        self, x: Float[Tensor, "*batch 5"]
-    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch 5"]]:
+        self, x: Float[Tensor, "*batch dim"]
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
         """Log density and score in closed form, from the responsibilities of the data."""
-        rows = x.reshape(-1, self.dim)
+        rows = self._rows(x)
         log_prob, gap, smaller = self._log_density(rows)
         _, moments = self._data(x)
         first = torch.where(gap >= 0, 1.0, smaller) / (1 + smaller) @ moments
@@ -91,11 +100,11 @@ class MixturePosterior:
         score = torch.cat([score_mu, score_log_sigma, score_logit.unsqueeze(-1)], -1)
         return log_prob.reshape(x.shape[:-1]), score.reshape(x.shape)
 
-    def constrain(self, x: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch 5"]:
+    def constrain(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """(mu1, mu2, sigma1, sigma2, theta) of unconstrained parameters."""
         return torch.cat([x[..., 0:2], x[..., 2:4].exp(), x[..., 4:].sigmoid()], -1)
 
-    def unconstrain(self, parameters: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch 5"]:
+    def unconstrain(self, parameters: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Inverse of `constrain`. Raises `InvalidInput` for a sigma <= 0 or a theta outside (0, 1)."""
         sigma, theta = parameters[..., 2:4], parameters[..., 4:]
         if not bool((sigma > 0).all()):
@@ -105,7 +114,7 @@ class MixturePosterior:
             raise InvalidInput(f"theta must lie in (0, 1), got {outside[0].item():.6g}")
         return torch.cat([parameters[..., 0:2], sigma.log(), theta.logit()], -1)
 
-    def swap_labels(self, x: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch 5"]:
+    def swap_labels(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """The same mixture with its two components named the other way round."""
         return torch.stack([x[..., 1], x[..., 0], x[..., 3], x[..., 2], -x[..., 4]], -1)
 
@@ -122,32 +131,33 @@ class MixturePosterior:
 
 
 class OrderedMixturePosterior(MixturePosterior):
-    """The same posterior with mu1 < mu2, hence one mode; x = (mu1, log(mu2 - mu1), log sigma1, log sigma2, logit theta).
+    """The same posterior with mu1 < mu2, hence one mode; the second coordinate is log(mu2 - mu1).
 
     Source: posteriordb, low_dim_gauss_mix.
     """
 
     def _free(self, x: Tensor) -> Tensor:
         """Coordinates of the unordered model."""
+        self._check_dim(x)
         return torch.cat([x[..., :1], x[..., :1] + x[..., 1:2].exp(), x[..., 2:]], -1)
 
-    def log_prob(self, x: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch"]:
+    def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         """Unnormalised log posterior density of unconstrained parameters."""
         return super().log_prob(self._free(x)) + x[..., 1]
 
     def log_prob_and_score(
-        self, x: Float[Tensor, "*batch 5"]
-    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch 5"]]:
+        self, x: Float[Tensor, "*batch dim"]
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
         """Log density and score in closed form, from the responsibilities of the data."""
         log_prob, free = super().log_prob_and_score(self._free(x))
         score = torch.cat([free[..., :1] + free[..., 1:2], free[..., 1:2] * x[..., 1:2].exp() + 1, free[..., 2:]], -1)
         return log_prob + x[..., 1], score
 
-    def constrain(self, x: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch 5"]:
+    def constrain(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """(mu1, mu2, sigma1, sigma2, theta) of unconstrained parameters, mu1 < mu2."""
         return super().constrain(self._free(x))
 
-    def unconstrain(self, parameters: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch 5"]:
+    def unconstrain(self, parameters: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Inverse of `constrain`. Raises `InvalidInput` also where mu1 < mu2 does not hold."""
         step = parameters[..., 1:2] - parameters[..., 0:1]
         if not bool((step > 0).all()):
@@ -155,7 +165,7 @@ class OrderedMixturePosterior(MixturePosterior):
         free = super().unconstrain(parameters)
         return torch.cat([free[..., :1], step.log(), free[..., 2:]], -1)
 
-    def swap_labels(self, x: Float[Tensor, "*batch 5"]) -> Float[Tensor, "*batch 5"]:
+    def swap_labels(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Not defined: the order names the components. Raises `InvalidInput`."""
         raise InvalidInput("the ordered model has no label symmetry; use posteriordb_mixture(collapse=True)")
 

@@ -1,4 +1,4 @@
-"""What a sampler needs to know of a density: `Target`, the checks of its first call, and `as_target` for torch objects."""
+"""What a sampler needs of a density: `Target`, the checks of its first call, and `as_target` for torch objects."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -31,7 +31,7 @@ class Target(Protocol):
     def log_prob_and_score(
         self, x: Float[Tensor, "*batch dim"]
     ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
-        """Log density and its gradient in x, detached from any graph."""
+        """Log density and its gradient in x; a closed form may keep a graph when `x` requires one."""
         ...
 
 
@@ -85,7 +85,9 @@ def as_target(obj: Any, dim: int | None = None) -> Target:
         raise InvalidInput(f"got the class {obj.__name__}, not an instance of it: call it first")
     elif callable(obj):
         if dim is None:
-            raise InvalidInput(f"dim is needed for the callable {getattr(obj, '__name__', obj)!r}: as_target(fn, dim=...)")
+            raise InvalidInput(
+                f"dim is needed for the callable {getattr(obj, '__name__', obj)!r}: as_target(fn, dim=...)"
+            )
         return TorchTarget(obj, dim)
     else:
         raise InvalidInput(
@@ -110,7 +112,9 @@ class _DistributionTarget(TorchTarget):
         scalar = not distribution.event_shape
         support = getattr(distribution, "support", None)
         if support is not None and getattr(support, "is_discrete", False):
-            raise InvalidInput(f"{type(distribution).__name__} is discrete; the samplers need a density with a gradient")
+            raise InvalidInput(
+                f"{type(distribution).__name__} is discrete; the samplers need a density with a gradient"
+            )
 
         def log_prob(x: Tensor) -> Tensor:
             inside = x.squeeze(-1) if scalar else x
@@ -126,7 +130,7 @@ class _DistributionTarget(TorchTarget):
         self._distribution = distribution
         self.log_normalizer = 0.0
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Exact draws; torch distributions read the global generator, so it is seeded from `generator` and restored."""
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
@@ -197,7 +201,7 @@ def check_target(target: Target, x: Float[Tensor, "chain dim"]) -> tuple[Tensor,
             if (gap > allowed).any():
                 worst = int((gap - allowed).argmax())
                 raise InvalidInput(
-                    f"{name} of chain {int(rows[worst])} changes by {gap[worst].item():.3g} when other chains leave the "
-                    "batch: each row must depend on its own x only (look for batch norms, means over the batch, randomness)"
+                    f"{name} of chain {int(rows[worst])} changes by {gap[worst].item():.3g} when other chains leave "
+                    "the batch: each row must depend on its own x only (look for batch norms, batch means, randomness)"
                 )
     return value, score
