@@ -72,7 +72,14 @@ class Langevin:
 
 
 def published_digs(
-    x: Tensor, energy: Energy, alpha: float, sigma: float, sweeps: int, steps: int, step_size: float, generator: torch.Generator
+    x: Tensor,
+    energy: Energy,
+    alpha: float,
+    sigma: float,
+    sweeps: int,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """`sweeps` sweeps of every chain of x [chain, dim] at one noise level, `steps` MALA steps in each."""
     for _ in range(sweeps):

@@ -27,8 +27,8 @@ class Corruption:
     Raises `InvalidInput` for a outside (0, 1] or s <= 0.
     """
 
-    a: float
-    s: float
+    a: float | int
+    s: float | int
 
     def __post_init__(self) -> None:
         if not isinstance(self.a, int | float) or not _SMALLEST_A <= self.a <= 1:
@@ -94,7 +94,7 @@ class NoiseSchedule:
         return tuple(level.r for level in self.levels)
 
     @classmethod
-    def vp_alpha(cls, alpha_min: float = 0.1, alpha_max: float = 0.9, levels: int = 1) -> "NoiseSchedule":
+    def vp_alpha(cls, alpha_min: float | int = 0.1, alpha_max: float | int = 0.9, levels: int = 1) -> "NoiseSchedule":
         """Variance-preserving levels with a linear in index and s^2 = 1 - a^2, as DiGS uses them.
 
         `0 < alpha_min <= alpha_max < 1`. One level is the single level `alpha_min`, as in the authors' code.
@@ -113,7 +113,7 @@ class NoiseSchedule:
         return cls([Corruption(alpha, math.sqrt(1 - alpha**2)) for alpha in alphas])
 
     @classmethod
-    def vp_beta(cls, beta_min: float = 1e-4, beta_max: float = 0.02, levels: int = 1000) -> "NoiseSchedule":
+    def vp_beta(cls, beta_min: float | int = 1e-4, beta_max: float | int = 0.02, levels: int = 1000) -> "NoiseSchedule":
         """Variance-preserving levels with beta linear in index, a^2 = prod(1 - beta).
 
         Source: Ho, Jain & Abbeel, NeurIPS 2020, section 4.
@@ -126,7 +126,7 @@ class NoiseSchedule:
         return cls([Corruption(math.sqrt(v), math.sqrt(1 - v)) for v in a_squared])
 
     @classmethod
-    def cosine(cls, levels: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
+    def cosine(cls, levels: int = 1000, offset: float | int = 0.008, max_beta: float | int = 0.999) -> "NoiseSchedule":
         """Cosine schedule: a^2 = f(t)/f(0), f(t) = cos^2((t + offset) / (1 + offset) pi/2), beta clipped at `max_beta`.
 
         Source: Nichol & Dhariwal, ICML 2021, section 3.2.
@@ -142,7 +142,7 @@ class NoiseSchedule:
         return cls([Corruption(math.sqrt(v), math.sqrt(1 - v)) for v in a_squared])
 
     @classmethod
-    def ve(cls, sigma_min: float, sigma_max: float, levels: int) -> "NoiseSchedule":
+    def ve(cls, sigma_min: float | int, sigma_max: float | int, levels: int) -> "NoiseSchedule":
         """Variance-exploding levels: a = 1, s geometric from `sigma_min` to `sigma_max`, in units of x.
 
         One level is the single level `sigma_max`. Source: Song & Ermon, NeurIPS 2019.
@@ -158,7 +158,7 @@ class NoiseSchedule:
         return cls([Corruption(1.0, sigma_min * math.exp(ratio * index)) for index in range(levels)])
 
     @classmethod
-    def from_scale(cls, min_r: float, max_r: float, levels: int) -> "NoiseSchedule":
+    def from_scale(cls, min_r: float | int, max_r: float | int, levels: int) -> "NoiseSchedule":
         """Variance-preserving levels with r = s/a geometric from `min_r` (a mode's width) to `max_r` (the modes' spread).
 
         Both in units of x. One level is the single level `max_r`.

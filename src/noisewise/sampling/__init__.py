@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "hmc": ["HMC"],
         "kernel": ["ChainState", "Kernel"],
         "mala": ["MALA", "ULA"],
-        "sample": ["Budget", "sample"],
+        "loop": ["Budget", "sample"],
         "smc": ["TemperedSMC"],
         "tempering": ["ParallelTempering"],
     },

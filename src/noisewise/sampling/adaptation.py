@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noisewise.sampling.kernel import ChainState, Kernel, local_scale
+from noisewise.sampling.kernel import ChainState, Kernel, starting_scale
 
 __all__ = ["TuneSteps", "dual_averaging", "dual_averaging_start", "score_metric"]
 
@@ -66,7 +66,7 @@ class TuneSteps:
         dim = state.position.shape[-1]
         # what an earlier phase has settled stays
         base = self._kernel.with_settings(kernel.settings()) if type(kernel) is type(self._kernel) else self._kernel
-        start = base.initial_step_size(local_scale(state.score), dim).to(state.position)
+        start = base.initial_step_size(starting_scale(state), dim).to(state.position)
         tuned = base.with_settings({"step_size": start})
         memory = {
             **dual_averaging_start(start.cpu()),

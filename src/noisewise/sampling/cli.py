@@ -21,8 +21,8 @@ from noisewise.typing import check_count, check_positive
 if TYPE_CHECKING:
     import torch
 
+    from noisewise.sampling import Budget
     from noisewise.sampling.draws import Draws
-    from noisewise.sampling.sample import Budget
     from noisewise.targets.target import Target
 
 __all__ = ["Dtype", "SamplingMethod", "load_target", "sample_command"]

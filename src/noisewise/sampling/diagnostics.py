@@ -32,6 +32,8 @@ _NO_SWAPS = 0.05
 _NO_FIT = 0.02
 # two components belong to one mode when the density between them falls by less than this factor (e)
 _VALLEY = 1.0
+# nor are components closer than this many standard deviations: a skewed mode takes several, a valley needs more
+_OVERLAP = 4.0
 _SEARCH_DRAWS = 2000
 
 
@@ -75,7 +77,16 @@ def find_modes(draws: Float[Tensor, "*batch dim"], seed: int = 0) -> Modes:
     between = means[:, None, None] + share[:, None] * (means[None, :, None] - means[:, None, None])
     lowest = mixture.log_prob(between.reshape(-1, means.shape[1])).reshape(len(means), len(means), -1).amin(-1)
     joined = lowest > torch.minimum(peak[:, None], peak[None, :]) - _VALLEY
+    joined = joined | (_separation(mixture) < _OVERLAP)
     return Modes(mixture, _connected(joined | joined.T | torch.eye(len(means), dtype=torch.bool, device=means.device)))
+
+
+def _separation(mixture: GaussianMixture) -> Float[Tensor, "component component"]:
+    """Mahalanobis distance between means in the mean of the two covariances."""
+    covariances = mixture.full_covariances
+    between = (covariances[:, None] + covariances[None, :]) / 2
+    offset = mixture.means[:, None] - mixture.means[None, :]
+    return (offset * torch.linalg.solve(between, offset.unsqueeze(-1)).squeeze(-1)).sum(-1).sqrt()
 
 
 def _connected(joined: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Diffusive Gibbs sampling (Chen et al., ICML 2024, arXiv 2402.03008): noise the state, then sample its denoising posterior."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -68,9 +68,9 @@ class DiGS:
     sweeps: int = 1
     inner: Any = None
     tries: int = 1
-    step_size: float | Tensor | None = None
+    step_size: float | int | Tensor | None = None
     metric: Float[Tensor, " dim"] | None = None
-    target_acceptance: float = field(default=0.574, repr=False)
+    target_acceptance: float | int = field(default=0.574, repr=False)
     metric_exponent = 0.0  # the noise bounds the condition number of p(x | x_t): no metric is adapted
 
     def __post_init__(self) -> None:
@@ -162,7 +162,7 @@ class DiGS:
         return state, Moved(acceptance, torch.stack([move.nonfinite for move in moves]).sum())
 
     def sweep(
-        self, state: ChainState, noise: SweepNoise, r: float | Tensor, step_size: Tensor, tilt: Tilt
+        self, state: ChainState, noise: SweepNoise, r: float | int | Tensor, step_size: Tensor, tilt: Tilt
     ) -> tuple[ChainState, Moved, Moved]:
         """Noise, start and denoise at one level; deterministic in its arguments, one denoising posterior.
 
@@ -221,7 +221,7 @@ class DiGS:
         steps = torch.as_tensor(self.step_size, dtype=position.dtype, device=position.device)
         return list(steps.reshape(-1).expand(len(self.levels)))
 
-    def _limited(self, step_size: Tensor, r: float | Tensor) -> Tensor:
+    def _limited(self, step_size: Tensor, r: float | int | Tensor) -> Tensor:
         """The largest curvature of the denoising posterior is that of the target plus 1 / r^2."""
         power = 1 / self.inner.metric_exponent  # step sizes are lengths for HMC, squared lengths for MALA
         length = step_size ** (power / 2)
@@ -241,7 +241,7 @@ class DiGS:
             settings["s"] = torch.tensor(self.levels.s, dtype=torch.float64)
         return settings
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "DiGS":
         """The same kernel with these settings."""
         changes: dict[str, Any] = {"step_size": settings.get("step_size", self.step_size)}
         if "a" in settings:
@@ -321,7 +321,7 @@ class _ChooseSchedule:
         return replace(self._kernel, schedule=NoiseSchedule.from_scale(narrow, wide, 4)), state
 
 
-def _denoising(tilt: Tilt, noisy: Tensor, spread: float | Tensor) -> Tilt:
+def _denoising(tilt: Tilt, noisy: Tensor, spread: float | int | Tensor) -> Tilt:
     """The tilt of the denoising posterior of a tilted target: the product of the two Gaussian factors."""
     precision = spread**-2 if isinstance(spread, Tensor) else torch.as_tensor(spread**-2).to(noisy)
     if isinstance(tilt.precision, float) and tilt.precision == 0:

@@ -14,9 +14,9 @@ from noisewise.errors import InvalidInput, RunFolderError, require
 from noisewise.runs import RunFolder
 from noisewise.typing import Cost
 
-__all__ = ["Draws", "Final"]
+__all__ = ["KIND", "Draws", "Final", "pack", "part", "unpack"]
 
-_KIND = "sampling"
+KIND = "sampling"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Draws:
     def save(self, folder: str | Path) -> Path:
         """Write a run folder that `load` and `resume` read; the folder must be new or empty."""
         run = RunFolder(folder)
-        run.begin(_KIND, self.config)
+        run.begin(KIND, self.config)
         run.put_piece(0, {"positions": self.positions.transpose(0, 1), **self.stats})
         progress = {
             "draws": self.positions.shape[1],
@@ -110,7 +110,7 @@ class Draws:
     def load(cls, folder: str | Path) -> "Draws":
         """Read a run folder, finished or not (then: what its last checkpoint holds). Raises `RunFolderError`."""
         run = RunFolder(folder)
-        config = run.config(_KIND)
+        config = run.config(KIND)
         restored = run.restore()
         if restored is None or not restored[1]["pieces"]:
             raise RunFolderError(
@@ -137,7 +137,7 @@ class Draws:
 
         `kernel_or_target`: what the run was started with (functions are not stored). Raises `InvalidInput` when it differs.
         """
-        from noisewise.sampling.sample import continue_run
+        from noisewise.sampling.loop import continue_run
 
         return continue_run(kernel_or_target, self, draws, progress)
 

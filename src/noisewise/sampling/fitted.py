@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -60,9 +60,9 @@ class FittedDiGS:
     tempering: ParallelTempering | None = None
     ladder: bool = True
     moves: int = 4
-    r: float = math.inf
+    r: float | int = math.inf
     components: str = "gaussian"
-    degrees: float = 5.0
+    degrees: float | int = 5.0
     max_components: int = 64
     reference: GaussianMixture | None = None
 
@@ -149,7 +149,7 @@ class FittedDiGS:
             return _Independence(StudentMixture(reference, self.degrees))
         return _Independence(reference) if math.isinf(self.r) else _Denoising(reference, self.r)
 
-    def fitted_to(self, draws: Float[Tensor, "*batch dim"], seed: int = 0) -> Self:
+    def fitted_to(self, draws: Float[Tensor, "*batch dim"], seed: int = 0) -> "FittedDiGS":
         """This kernel with its reference fitted to `draws` and frozen; start a new run with it, the old estimates do not mix."""
         rows = draws.reshape(-1, draws.shape[-1])
         rows = rows[:: max(math.ceil(len(rows) / _FIT_DRAWS), 1)]
@@ -165,7 +165,7 @@ class FittedDiGS:
             settings["reference_weights"] = self.reference.weights
         return settings
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "FittedDiGS":
         """The same kernel with these settings; without a reference among them it has none (a poor fit was dropped)."""
         tempering: Any = self.tempering
         ladder = {name: value for name, value in settings.items() if not name.startswith("reference_")}

@@ -1,7 +1,7 @@
 """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011) with a fixed number of leapfrog steps, for a batch of chains."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -38,13 +38,13 @@ class HMC:
     """
 
     target: Target
-    step_size: float | Tensor | None = None
+    step_size: float | int | Tensor | None = None
     leapfrogs: int = 10
     steps: int = 1
-    jitter: float = 0.2
+    jitter: float | int = 0.2
     metric: Float[Tensor, " dim"] | None = None
-    power: float | Tensor = 1.0
-    target_acceptance: float = field(default=0.8, repr=False)
+    power: float | int | Tensor = 1.0
+    target_acceptance: float | int = field(default=0.8, repr=False)
     metric_exponent = 0.5  # step_size * sqrt(metric) is what moves the chain
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class HMC:
         """`step_size`, `metric` and `power`, where set."""
         return _given(step_size=self.step_size, metric=self.metric, power=self.power)
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "HMC":
         """The same kernel with these settings."""
         changes: dict[str, Any] = dict(settings)
         return replace(self, **changes)

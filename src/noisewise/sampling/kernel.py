@@ -1,6 +1,6 @@
 """The words that every kernel shares: state, noise, `init` and `step`, and the protocols that the loop relies on."""
 
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,18 @@ from noisewise.errors import InvalidInput
 from noisewise.targets.target import Target
 from noisewise.targets.tilted import Tilt
 
-__all__ = ["ChainState", "InnerKernel", "Kernel", "Moved", "Phase", "as_setting", "finite", "local_scale", "select"]
+__all__ = [
+    "ChainState",
+    "InnerKernel",
+    "Kernel",
+    "Moved",
+    "Phase",
+    "as_setting",
+    "finite",
+    "local_scale",
+    "select",
+    "starting_scale",
+]
 
 
 class ChainState(NamedTuple):
@@ -28,6 +39,7 @@ class Moved(NamedTuple):
     nonfinite: Tensor
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A transition that leaves its target invariant (ULA excepted), pure in `state` and `generator`.
 
@@ -66,7 +78,7 @@ class Kernel(Protocol):
         """What warm-up has set, by name."""
         ...
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "Kernel":
         """The same kernel with these settings."""
         ...
 
@@ -83,6 +95,7 @@ class Kernel(Protocol):
         ...
 
 
+@runtime_checkable
 class InnerKernel(Kernel, Protocol):
     """A kernel that can also move under a tilt, as DiGS, parallel tempering and SMC need it."""
 
@@ -102,6 +115,7 @@ class InnerKernel(Kernel, Protocol):
         ...
 
 
+@runtime_checkable
 class Phase(Protocol):
     """A part of warm-up: it runs one kernel for some steps and changes its settings after each.
 
@@ -168,6 +182,14 @@ def as_setting(name: str, value: Any, like: Tensor | None = None) -> Tensor | No
     return tensor
 
 
+def starting_scale(state: ChainState) -> Float[Tensor, " dim"]:
+    """`local_scale` at the starts, where step sizes begin; at a mode the score vanishes and says nothing.
+
+    Then the size of the coordinates themselves (at least 1) is the bound; adaptation takes it from there.
+    """
+    return local_scale(state.score).clamp(max=max(1.0, float(state.position.abs().max())))
+
+
 def local_scale(score: Float[Tensor, "*batch dim"]) -> Float[Tensor, " dim"]:
     """Standard deviation of each coordinate inside a mode, from scores: E[score_i^2] = 1 / sd_i^2 for a Gaussian mode.
 
@@ -179,5 +201,4 @@ def local_scale(score: Float[Tensor, "*batch dim"]) -> Float[Tensor, " dim"]:
     typical = squared.median(0).values / 0.4549
     mean = squared.mean(0)
     value = torch.where(typical > 0, torch.minimum(typical, mean), mean)
-    value = torch.where(value > 0, value, torch.ones_like(value))
-    return value.rsqrt().to(score.dtype)
+    return value.clamp(min=1e-60).rsqrt().clamp(max=torch.finfo(score.dtype).max ** 0.25).to(score.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from noisewise.sampling.adaptation import dual_averaging, dual_averaging_start, score_metric
 from noisewise.sampling.hmc import HMC
-from noisewise.sampling.kernel import ChainState, Kernel, local_scale
+from noisewise.sampling.kernel import ChainState, Kernel, local_scale, starting_scale
 
 __all__ = ["Scout", "TuneLadder", "even_ladder", "geometric_ladder"]
 
@@ -22,7 +22,7 @@ _STAGES_PER_HALVING = 1
 _LEAPFROGS = 3
 
 
-def geometric_ladder(beta_min: float, temperatures: int) -> Float[Tensor, " temperature"]:
+def geometric_ladder(beta_min: float | int, temperatures: int) -> Float[Tensor, " temperature"]:
     """Inverse temperatures from 1 to `beta_min` with a constant ratio, float64."""
     ladder = torch.logspace(0, math.log10(beta_min), temperatures, dtype=torch.float64)
     ladder[0] = 1.0
@@ -84,10 +84,11 @@ class Scout:
         """All chains at beta = 1."""
         chains, dim = state.position.shape
         stages = len(self._cooling)
-        step = self._hmc.initial_step_size(local_scale(state.score), dim)
+        step = self._hmc.initial_step_size(starting_scale(state), dim)
         # energies of the second half of each cooling stage; start and end positions of each
         memory = {
             **dual_averaging_start(step.cpu()),
+            "stages_done": torch.zeros((), dtype=torch.long),
             "energy": torch.zeros((stages, self._cool_steps - self._cool_steps // 2, chains), dtype=torch.float64),
             "first": torch.zeros((stages, chains, dim), dtype=state.position.dtype),
             "last": torch.zeros((stages, chains, dim), dtype=state.position.dtype),
@@ -121,6 +122,7 @@ class Scout:
                 memory["last"][stage] = state.position.cpu()
                 memory["last_log_prob"][stage] = state.log_prob.cpu()
                 memory["last_score"][stage] = state.score.cpu()
+                memory["stages_done"] = memory["stages_done"] + 1
         return self._at(min(index + 1, steps - 1), memory, state), state, memory
 
     def finished(self, state: Any) -> bool:
@@ -131,6 +133,9 @@ class Scout:
         self, kernel: Kernel, state: ChainState, memory: dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Kernel, Any]:
         """A ladder for the kernel, and its replicas at the positions that the chains had at those temperatures."""
+        if int(memory["stages_done"]) < len(self._cooling):
+            # the time ran out: no measurement to go by
+            return self._kernel, state
         coldest = self._coldest_free(memory)
         betas = self._cooling[coldest:].flip(0)
         acceptance = _swap_acceptance(betas, memory["energy"][coldest:].flip(0))
@@ -203,10 +208,10 @@ def _swap_acceptance(
     shifts = [(index * 7919) % flat.shape[1] for index in range(min(16, flat.shape[1]))]
     return torch.stack(
         [
-            torch.stack([((betas[i] - betas[i + 1]) * (flat[i + 1] - flat[i].roll(s))).clamp(max=0).exp().mean() for s in shifts]).mean()
-            for i in range(len(betas) - 1)
+            torch.stack([(gap * (hot - cold.roll(shift))).clamp(max=0).exp().mean() for shift in shifts]).mean()
+            for gap, cold, hot in zip(betas[:-1] - betas[1:], flat[:-1], flat[1:], strict=True)
         ]
-    )  # fmt: skip
+    )
 
 
 class TuneLadder:
@@ -227,7 +232,7 @@ class TuneLadder:
     def begin(self, kernel: Any, state: Any, generator: torch.Generator) -> tuple[Kernel, Any, dict[str, Tensor], int]:
         """Start from the scouted ladder, or from replicas that all sit at the start."""
         if isinstance(state, ChainState):
-            scale = local_scale(state.score)
+            scale = starting_scale(state)
             kernel = self._kernel.with_settings(
                 {
                     "betas": self._kernel.ladder,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,10 +42,10 @@ class MALA:
     """
 
     target: Target
-    step_size: float | Tensor | None = None
+    step_size: float | int | Tensor | None = None
     steps: int = 1
     metric: Float[Tensor, " dim"] | None = None
-    target_acceptance: float = field(default=0.574, repr=False)
+    target_acceptance: float | int = field(default=0.574, repr=False)
     adjusted = True
     metric_exponent = 1.0  # step_size * metric is what moves the chain
 
@@ -124,7 +124,7 @@ class MALA:
         """`step_size` and `metric`, where set."""
         return _given(step_size=self.step_size, metric=self.metric)
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "MALA":
         """The same kernel with these settings."""
         changes: dict[str, Any] = dict(settings)
         return replace(self, **changes)
@@ -156,7 +156,7 @@ class ULA(MALA):
     Non-finite proposals are refused. Source: Roberts & Tweedie, Bernoulli 2(4), 1996.
     """
 
-    target_acceptance: float = field(default=0.9, repr=False)
+    target_acceptance: float | int = field(default=0.9, repr=False)
     adjusted = False
 
 

@@ -96,7 +96,7 @@ class StudentMixture:
     """
 
     gaussian: GaussianMixture
-    degrees: float = 5.0
+    degrees: float | int = 5.0
 
     def __post_init__(self) -> None:
         if not self.degrees > 0:

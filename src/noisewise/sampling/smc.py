@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -54,12 +54,12 @@ class TemperedSMC:
     """
 
     target: Target
-    mean: float | Tensor | None = None
-    scale: float | Tensor | None = None
-    ess: float = 0.9
+    mean: float | int | Tensor | None = None
+    scale: float | int | Tensor | None = None
+    ess: float | int = 0.9
     moves: int = 4
     leapfrogs: int = 5
-    step_size: float | Tensor | None = None
+    step_size: float | int | Tensor | None = None
     warmup_share = 0.95  # of a budget: the annealing is all the work, and ends early when it has arrived
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class TemperedSMC:
         """`mean`, `scale` and `step_size`, where set."""
         return _given(mean=self.mean, scale=self.scale, step_size=self.step_size)
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "TemperedSMC":
         """The same kernel with these settings."""
         changes: dict[str, Any] = dict(settings)
         return replace(self, **changes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -66,9 +66,9 @@ class ParallelTempering:
     target: Target
     betas: Sequence[float] | Tensor | None = None
     inner: Any = None
-    step_size: float | Tensor | None = None
+    step_size: float | int | Tensor | None = None
     metric: Float[Tensor, " dim"] | None = None
-    beta_min: float | None = None
+    beta_min: float | int | None = None
     max_temperatures: int = 24
     adapt_ladder: bool = field(default=False, repr=False)
 
@@ -208,7 +208,7 @@ class ParallelTempering:
         """`betas`, `step_size` and `metric`, where set."""
         return _given(betas=self.betas, step_size=self.step_size, metric=self.metric)
 
-    def with_settings(self, settings: dict[str, Tensor]) -> Self:
+    def with_settings(self, settings: dict[str, Tensor]) -> "ParallelTempering":
         """The same kernel with these settings."""
         changes: dict[str, Any] = dict(settings)
         return replace(self, **changes)

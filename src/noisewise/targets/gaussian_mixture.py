@@ -73,7 +73,9 @@ class GaussianMixture:
             raise InvalidInput(
                 f"x has {x.shape[-1]} coordinates (shape {tuple(x.shape)}), the mixture has dim {self.dim}"
             )
-        return x.reshape(-1, self.dim).t().contiguous()
+        columns = x.t() if x.ndim == 2 else x.reshape(-1, self.dim).t()
+        # for a few rows the copy costs more than it gains
+        return columns if columns.shape[1] * len(self.means) <= _FEW_ELEMENTS else columns.contiguous()
 
     def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         """Normalised log density."""
@@ -94,6 +96,8 @@ class GaussianMixture:
         else:
             parts = [_value_and_score(components, part) for part in columns.split(max(rows, 64), dim=1)]
             log_prob, score = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], dim=1)
+        if x.ndim == 2:
+            return log_prob, score.t()
         return log_prob.reshape(x.shape[:-1]), score.t().reshape(x.shape)
 
     def score(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

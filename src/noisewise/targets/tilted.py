@@ -18,9 +18,9 @@ class Tilt(NamedTuple):
     [dim] or [chain, dim]. Tempering is (beta, 0, 0); the denoising posterior p(x | x_t) is (1, (a/s)^2, x_t / a).
     """
 
-    power: Tensor | float = 1.0
-    precision: Tensor | float = 0.0
-    center: Tensor | float = 0.0
+    power: Tensor | float | int = 1.0
+    precision: Tensor | float | int = 0.0
+    center: Tensor | float | int = 0.0
 
     def __call__(
         self, position: Float[Tensor, "chain dim"], log_prob: Float[Tensor, " chain"], score: Float[Tensor, "chain dim"]

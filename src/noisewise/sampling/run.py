@@ -1,37 +1,30 @@
-"""The one loop that runs every kernel: warm-up, draws, bill, progress, checkpoints, interruption and resumption."""
+"""A run in progress: warm-up, draws, bill, checkpoints, interruption and resumption."""
 
 import math
-import sys
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.runs import RunFolder
 from noisewise.sampling.diagnostics import diagnose
-from noisewise.sampling.draws import _KIND, Draws, Final, pack, part, unpack
-from noisewise.sampling.fitted import FittedDiGS
-from noisewise.sampling.kernel import ChainState, Kernel
-from noisewise.targets.target import Target, as_target, check_target
-from noisewise.typing import Cost, check_count
+from noisewise.sampling.draws import KIND, Draws, Final, pack, part, unpack
+from noisewise.sampling.kernel import ChainState
+from noisewise.sampling.progress import Reporter
+from noisewise.targets.target import check_target
+from noisewise.typing import Cost
 
-__all__ = ["Budget", "sample"]
+__all__ = ["Budget", "Plan", "Run", "moved_to", "seeded"]
 
 _DEFAULT_DRAWS = 1000
 # value-and-gradient calls per chain of a warm-up that nobody sized
 _DEFAULT_WARMUP = 2000
 _WARMUP_SHARE = 0.2
 _CHECKPOINT_SECONDS = 2.0
-_LOG_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,8 @@ class Budget:
     Only a budget in gradients gives the same draws on every machine.
     """
 
-    gradients: float | None = None
-    seconds: float | None = None
+    gradients: float | int | None = None
+    seconds: float | int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("gradients", self.gradients), ("seconds", self.seconds)):
@@ -50,88 +43,8 @@ class Budget:
                 raise InvalidInput(f"budget: {name} must be above 0, got {value!r}")
 
 
-def sample(
-    kernel_or_target: Kernel | Target | Any,
-    *,
-    chains: int | None = None,
-    draws: int | None = None,
-    warmup: int = 0,
-    init: Float[Tensor, "chain dim"] | Sequence[Any] | Any = None,
-    seed: int = 0,
-    budget: float | Budget | None = None,
-    thin: int = 1,
-    checkpoint: str | Path | None = None,
-    progress: bool = True,
-    dim: int | None = None,
-) -> Draws:
-    """Draw from a kernel's target; a bare target gets `FittedDiGS`, which finds its modes and weighs them.
-
-    `chains`: number of chains, by default that of `init`, or 64. `draws` per chain, by default 1000, or with a budget as
-    many as it pays for. `warmup`: iterations that adapt whatever the kernel left open, then discarded; 0 leaves it to the
-    kernel: nothing when all its settings are given, else 20 % of the budget or about 2000 gradients per chain.
-    `init`: starts, [chain, dim] or one [dim] for all; by default standard normal draws. Their dtype and device are the
-    run's. `budget`: value-and-gradient calls over all chains, or a `Budget`; the run stops before it would exceed it.
-    `thin`: iterations per draw. `checkpoint`: a folder, written every two seconds; the same call goes on from it after a
-    crash, to the same draws. `dim`: needed only for a bare torch callable.
-
-    Ctrl-C returns the draws made so far. The first call of the target is checked (shape, dtype, finiteness, independent
-    rows); the two extra rows of that check are not billed. Raises `InvalidInput` before any long work.
-    """
-    kernel = _as_kernel(kernel_or_target, dim)
-    start = _starts(kernel.target, init, chains, seed)
-    plan = _Plan(
-        draws=None if draws is None else check_count("draws", draws),
-        warmup=check_count("warmup", warmup, 0),
-        thin=check_count("thin", thin),
-        budget=budget if isinstance(budget, Budget) else Budget(gradients=budget),
-    )
-    config = {
-        "kernel": kernel.describe(),
-        "chains": len(start),
-        "dim": start.shape[1],
-        "dtype": str(start.dtype).removeprefix("torch."),
-        "start": _fingerprint(start),
-        "one_start": bool((start == start[0]).all()) and len(start) > 1,
-        "warmup": plan.warmup,
-        "seed": check_count("seed", seed, 0),
-        "thin": plan.thin,
-        "budget": plan.budget.gradients,
-        "target": type(kernel.target).__name__,
-    }
-    folder = None if checkpoint is None else RunFolder(checkpoint)
-    if folder is not None and folder.exists:
-        folder.expect(_KIND, config)
-        run = _Run.restore(kernel, start, plan, config, folder)
-    else:
-        run = _Run.begin(kernel, start, plan, config, folder)
-    return run.finish(progress)
-
-
-def continue_run(kernel_or_target: Any, earlier: Draws, draws: int, progress: bool) -> Draws:
-    """`draws` more per chain after `earlier`; what `Draws.resume` does."""
-    kernel = _as_kernel(kernel_or_target, earlier.positions.shape[-1])
-    if kernel.describe() != earlier.config["kernel"] or kernel.target.dim != earlier.positions.shape[-1]:
-        raise InvalidInput(
-            f"resume needs the kernel of the first run, {earlier.config['kernel']}, got {kernel.describe()}"
-        )
-    kernel = kernel.with_settings(_on(earlier.settings, earlier.positions))
-    state = kernel.state_type()(**_on(earlier.final.state, earlier.positions))
-    cold = state.cold if hasattr(state, "cold") else state
-    value = kernel.target.log_prob_and_score(cold.position[:1])[0]
-    if not torch.allclose(value, cold.log_prob[:1], rtol=1e-3, atol=1e-3):
-        raise InvalidInput(
-            f"the target gives {value.item():.6g} where the first run had {cold.log_prob[0].item():.6g}: it is another target"
-        )
-    plan = _Plan(check_count("draws", draws), 0, earlier.config["thin"], Budget())
-    run = _Run(kernel, state, _generator(0, earlier.positions.device), plan, dict(earlier.config), None)
-    run.generator.set_state(earlier.final.generator)
-    run.cost, run.warmed = earlier.cost, True
-    run.squares = earlier.squares.clone() if earlier.squares is not None else run.squares
-    return earlier.joined(run.finish(progress))
-
-
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How much to do."""
 
     draws: int | None
@@ -140,57 +53,14 @@ class _Plan:
     budget: Budget
 
 
-def _as_kernel(obj: Any, dim: int | None) -> Any:
-    if isinstance(obj, type):
-        raise InvalidInput(f"got the class {obj.__name__}, not an instance: {obj.__name__}(target, ...)")
-    if hasattr(obj, "step") and hasattr(obj, "warmup_phases"):
-        return obj
-    return FittedDiGS(as_target(obj, dim))
-
-
-def _starts(target: Target, init: Any, chains: int | None, seed: int) -> Float[Tensor, "chain dim"]:
-    if chains is not None:
-        chains = check_count("chains", chains)
-    if init is None:
-        generator = torch.Generator().manual_seed(seed + 1_000_003)
-        return torch.randn((chains or 64, target.dim), generator=generator)
-    start = torch.as_tensor(init)
-    if not start.dtype.is_floating_point:
-        start = start.to(torch.get_default_dtype())
-    if start.ndim == 1:
-        start = start.expand(chains or 64, -1)
-    if start.ndim != 2 or start.shape[1] != target.dim:
-        raise InvalidInput(
-            f"init must be [chain, {target.dim}] or [{target.dim}], got shape {tuple(torch.as_tensor(init).shape)}"
-        )
-    if chains is not None and len(start) != chains:
-        raise InvalidInput(f"chains={chains} was asked for, but init has {len(start)} rows")
-    return start.detach().clone()
-
-
-def _generator(seed: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(seed)
-
-
-def _fingerprint(start: Tensor) -> float:
-    """One number that differs between different starts, so that a checkpoint is not continued from others."""
-    flat = start.detach().double().cpu().flatten()
-    return float((flat * torch.linspace(1, 2, len(flat), dtype=torch.float64)).sum())
-
-
-def _on(tensors: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """Stored tensors on the device of `like`; the ladder stays where it was made."""
-    return {name: value if name == "betas" else value.to(like.device) for name, value in tensors.items()}
-
-
 @dataclass
-class _Run:
+class Run:
     """A run in progress. Everything that its future depends on goes into a checkpoint."""
 
     kernel: Any
     state: Any
     generator: torch.Generator
-    plan: _Plan
+    plan: Plan
     config: dict[str, Any]
     folder: RunFolder | None
     cost: Cost = field(default_factory=Cost)
@@ -206,6 +76,7 @@ class _Run:
     messages: list[str] = field(default_factory=list)
     interrupted: bool = False
     done: bool = False
+    allowance: int = 0
 
     def __post_init__(self) -> None:
         self.phases: list[Any] = []
@@ -219,59 +90,69 @@ class _Run:
     # --- beginnings
 
     @classmethod
-    def begin(cls, kernel: Any, start: Tensor, plan: _Plan, config: dict[str, Any], folder: RunFolder | None) -> "_Run":
+    def begin(cls, kernel: Any, start: Tensor, plan: Plan, config: dict[str, Any], folder: RunFolder | None) -> "Run":
         """Check the target and the budget, then claim the folder."""
         cold = ChainState(start, *check_target(kernel.target, start))
-        run = cls(kernel, cold, _generator(config["seed"], start.device), plan, config, folder)
+        run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
         run.cost = Cost(gradients=len(start))
-        run._plan_phases(cold)
+        run.allowance = run._warmup_allowance(cold)
+        run.phases = kernel.warmup_phases(run.allowance, cold)
         if not run.phases:
             run.state, run.warmed = kernel.start(cold), True
         run._check_budget()
         if folder is not None:
-            folder.begin(_KIND, config)
+            folder.begin(KIND, config)
             folder.event("begin", chains=len(start), dim=start.shape[1])
         return run
 
     @classmethod
-    def restore(cls, kernel: Any, start: Tensor, plan: _Plan, config: dict[str, Any], folder: RunFolder) -> "_Run":
+    def restore(cls, kernel: Any, start: Tensor, plan: Plan, config: dict[str, Any], folder: RunFolder) -> "Run":
         """Go on from the last checkpoint, or from the start when there is none."""
         stored = folder.restore()
-        cold = ChainState(start, *check_target(kernel.target, start))
-        run = cls(kernel, cold, _generator(config["seed"], start.device), plan, config, folder)
-        run.cost = Cost(gradients=len(start))
-        run._plan_phases(cold)
         if stored is None:
-            if not run.phases:
-                run.state, run.warmed = kernel.start(cold), True
-            return run
+            return cls.begin(kernel, start, plan, config, None)._in(folder)
+        cold = ChainState(start, *check_target(kernel.target, start))
+        run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
         tensors, progress = stored
         final, squares = unpack(tensors)
-        for name in ("warmed", "phase", "index", "steps", "pieces"):
+        for name in ("warmed", "phase", "index", "steps", "pieces", "allowance"):
             setattr(run, name, progress[name])
+        run.phases = kernel.warmup_phases(run.allowance, cold)
         run.written = progress["draws"]
         run.messages = list(progress["warnings"])
         run.cost = Cost(**progress["cost"])
         template = kernel if run.warmed else run.phases[run.phase].template()
-        run.kernel = template.with_settings(_on(final.settings, start))
-        run.state = run.kernel.state_type()(**_on(final.state, start))
+        run.kernel = template.with_settings(moved_to(final.settings, start))
+        run.state = run.kernel.state_type()(**moved_to(final.state, start))
         run.memory = part(tensors, "memory")
         run.generator.set_state(final.generator)
         run.squares = squares.to(start.device) if squares is not None else run.squares
         folder.event("resume", draws=run.written, phase=run.phase, index=run.index)
         return run
 
-    def _plan_phases(self, cold: ChainState) -> None:
-        """What warm-up there is to do, within the allowance per chain."""
-        chains, budget = len(cold.position), self.plan.budget.gradients
+    def _in(self, folder: RunFolder) -> "Run":
+        self.folder = folder
+        return self
+
+    def _warmup_allowance(self, cold: ChainState) -> int:
+        """Value-and-gradient calls per chain that the warm-up may use."""
+        chains, budget = len(cold.position), self.plan.budget
         share = getattr(self.kernel, "warmup_share", _WARMUP_SHARE)
+        allowed = []
         if self.plan.warmup:
-            allowance = self.plan.warmup * self.kernel.gradients_per_step
-        elif budget is not None:
-            allowance = int(share * budget / chains)
-        else:
-            allowance = max(_DEFAULT_WARMUP, 20 * self.kernel.gradients_per_step)
-        self.phases = self.kernel.warmup_phases(max(allowance, 1), cold)
+            return self.plan.warmup * self.kernel.gradients_per_step
+        if budget.gradients is not None:
+            allowed.append(share * budget.gradients / chains)
+        if budget.seconds is not None:
+            self._bill(1, 0)
+            began = time.perf_counter()
+            self.kernel.target.log_prob_and_score(cold.position)
+            # a kernel's own arithmetic costs about as much as a cheap target
+            one_call = 2 * (time.perf_counter() - began)
+            allowed.append(share * budget.seconds / one_call)
+        if not allowed:
+            return max(_DEFAULT_WARMUP, 20 * self.kernel.gradients_per_step)
+        return max(int(min(allowed)), 1)
 
     def _check_budget(self) -> None:
         budget = self.plan.budget.gradients
@@ -288,7 +169,7 @@ class _Run:
         """Run to the end, to the budget's end, or to Ctrl-C."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NoisewiseWarning)
-            reporter = _Reporter(show, self)
+            reporter = Reporter(show, self)
             try:
                 with reporter:
                     self._warm_up(reporter)
@@ -317,7 +198,7 @@ class _Run:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
         return result
 
-    def _warm_up(self, reporter: "_Reporter") -> None:
+    def _warm_up(self, reporter: "Reporter") -> None:
         while not self.warmed:
             phase = self.phases[self.phase]
             if self.steps is None:
@@ -345,7 +226,7 @@ class _Run:
                 self.folder.event("phase", done=self.phase, gradients=self.cost.gradients)
                 self._save()
 
-    def _draw(self, reporter: "_Reporter") -> None:
+    def _draw(self, reporter: "Reporter") -> None:
         budget = self.plan.budget
         wanted = self.plan.draws
         if wanted is None and budget.gradients is None and budget.seconds is None:
@@ -440,7 +321,7 @@ class _Run:
             "names": getattr(self.kernel.target, "names", None),
             "warnings": self.messages,
             "interrupted": self.interrupted,
-            **{name: getattr(self, name) for name in ("warmed", "phase", "index", "steps")},
+            **{name: getattr(self, name) for name in ("warmed", "phase", "index", "steps", "allowance")},
         }
         self.folder.checkpoint(pack(self._final(), self.squares, self.memory), progress)
         self._saved = time.monotonic()
@@ -472,39 +353,11 @@ class _Run:
         )
 
 
-class _Reporter:
-    """Progress and bill: a bar on a terminal, a line every few seconds elsewhere."""
+def seeded(seed: int, device: torch.device) -> torch.Generator:
+    """A generator of its own on `device`."""
+    return torch.Generator(device=device).manual_seed(seed)
 
-    def __init__(self, show: bool, run: _Run) -> None:
-        self._run = run
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if show and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[bill]}"), TimeRemainingColumn(),
-                console=self._console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("sampling", total=None, bill="")
-        self._show = show
-        self._last = time.monotonic()
 
-    def __enter__(self) -> "_Reporter":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, what: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if not self._show or now - self._last < (0.1 if self._bar is not None else _LOG_SECONDS):
-            return
-        self._last = now
-        bill = f"{self._run.cost.gradients:.3g} gradients"
-        if self._bar is not None:
-            self._bar.update(self._task, description=what, completed=done, total=total, bill=bill)
-        else:
-            of = "" if total is None else f" of {total}"
-            print(f"noisewise: {what} {done}{of}, {bill}", file=sys.stderr, flush=True)
+def moved_to(tensors: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Stored tensors on the device of `like`; the ladder stays where it was made."""
+    return {name: value if name == "betas" else value.to(like.device) for name, value in tensors.items()}

@@ -1,0 +1,108 @@
+"""Protocol D: the two-mode mixture posterior of posteriordb against its symmetrised reference draws."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noisewise.metrics.distances import wasserstein2
+from noisewise.metrics.floors import sample_floor
+from noisewise.metrics.measurement import Measurement
+from noisewise.metrics.modes import mode_weights
+from noisewise.sampling.digs import DiGS
+from noisewise.sampling.experiment.problem import Outcome, Problem, System, run_kernel, thinned
+from noisewise.sampling.fitted import FittedDiGS
+from noisewise.sampling.hmc import HMC
+from noisewise.sampling.smc import TemperedSMC
+from noisewise.sampling.tempering import ParallelTempering
+from noisewise.targets.posteriordb import MixturePosterior, posteriordb_mixture
+
+__all__ = ["real_posterior"]
+
+_BUDGET = {"quick": 3e4, "cpu": 2.5e5, "paper": 2.5e6}
+_TRANSPORTED = {"quick": 500, "cpu": 2000, "paper": 2000}
+_CHAINS, _PARTICLES = 40, 500
+_QUICK = ("noisewise.sample (FittedDiGS)", "HMC")
+
+
+def real_posterior(scale: str, device: str) -> Problem:
+    """The posteriordb mixture at `scale`."""
+    target = posteriordb_mixture()
+    systems = _systems(target, device)
+    if scale == "quick":
+        systems = tuple(system for system in systems if system.name in _QUICK)
+    return Problem(
+        protocol="D",
+        name="posteriordb mixture",
+        budget=_BUDGET[scale],
+        systems=systems,
+        measure=functools.partial(_measure, target, _TRANSPORTED[scale]),
+        criterion="W2",
+        picture=lambda outcome: {"draws": target.constrain(thinned(outcome.positions, 2000)).tolist()},
+        notes=(
+            f"posteriordb mixture: {_BUDGET[scale]:.3g} gradient calls each, warm-up included; {_CHAINS} chains, all from "
+            "reference draws with mu1 < mu2, so in one of two modes. SMC starts its "
+            f"{_PARTICLES} particles at N(0, 2^2) on the unconstrained scale instead. Standard errors are those of the spread "
+            "of the chain means; the reference's own error is added to them.",
+        ),
+    )
+
+
+def _systems(target: MixturePosterior, device: str) -> tuple[System, ...]:
+    def of(make: Callable[..., Any]) -> Callable[..., Outcome]:
+        def draw(budget: float, seed: int, **setting: Any) -> Outcome:
+            reference = target.reference(1000, seed=seed)
+            start = reference[reference[:, 0] < reference[:, 1]][:_CHAINS].to(device)
+            return run_kernel(make(**setting), start, budget, seed)
+
+        return draw
+
+    def smc(budget: float, seed: int, **setting: Any) -> Outcome:
+        particles = torch.zeros(_PARTICLES, target.dim, dtype=torch.float64, device=device)
+        return run_kernel(TemperedSMC(target, mean=0.0, scale=2.0, **setting), particles, budget, seed)
+
+    return (
+        System("noisewise.sample (FittedDiGS)", of(lambda: target)),
+        System("FittedDiGS, no ladder", of(lambda: FittedDiGS(target, ladder=False))),
+        System("DiGS (default)", of(lambda: DiGS(target))),
+        System("PT (scouted)", of(lambda: ParallelTempering(target))),
+        System("TemperedSMC", smc, tuple({"ess": e, "moves": m} for e, m in ((0.9, 4), (0.5, 4), (0.9, 2), (0.5, 8)))),
+        System(
+            "HMC", of(lambda leapfrogs: HMC(target, leapfrogs=leapfrogs)), tuple({"leapfrogs": n} for n in (10, 5, 20))
+        ),
+    )
+
+
+def _measure(target: MixturePosterior, transported: int, outcome: Outcome) -> dict[str, Measurement]:
+    weights = mode_weights(outcome.positions, lambda x: (x[:, 0] < x[:, 1]).long(), modes=2)
+    share, se = float(weights.weights[1]), float(weights.se[1])  # type: ignore[index]
+    parameters = target.constrain(outcome.positions)
+    few = target.constrain(thinned(outcome.positions, transported))
+    reference, floor = _reference(target, transported)
+    return {
+        "|P(mu1 < mu2) - 1/2|": Measurement(abs(share - 0.5), se, floor=0.0, n=len(parameters)),
+        "standard errors off": Measurement(abs(share - 0.5) / se if se > 0 else math.inf, n=len(parameters)),
+        "largest |z| of the means": Measurement(_largest_z(target, parameters), n=len(parameters)),
+        "W2": wasserstein2(few, reference, floor=floor),
+        "P(mu1 < mu2)": Measurement(share, se, floor=0.5, n=len(parameters), better="higher"),
+    }
+
+
+def _largest_z(target: MixturePosterior, parameters: Tensor) -> float:
+    """Largest deviation of the five posterior means, in standard errors of the run and the reference together."""
+    reference = target.reference(10_000)
+    # both labellings of every draw: the mean over the swap is then exact
+    both = (target.constrain(reference) + target.constrain(target.swap_labels(reference))) / 2
+    truth, truth_se = both.mean(0), both.std(0) / math.sqrt(len(both))
+    means = parameters.mean(1)
+    se = means.std(0) / math.sqrt(len(means))
+    return float(((means.mean(0) - truth).abs() / (se.square() + truth_se.square()).sqrt()).max())
+
+
+@functools.lru_cache(maxsize=4)
+def _reference(target: MixturePosterior, n: int) -> tuple[Tensor, float]:
+    draws = target.constrain(target.reference(10_000))
+    return draws[:n], sample_floor(wasserstein2, draws, n, n_reference=n, repeats=4).mean
