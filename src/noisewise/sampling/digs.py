@@ -168,7 +168,7 @@ class DiGS:
 
         Everything depends on (a, s) through r = s / a alone, so the noisy variable is kept as x_t / a = x + r eps.
         """
-        spread = r if self.metric is None else r * self.metric.sqrt()
+        spread = r if self.metric is None else r * self.metric.to(state.position).sqrt()
         noisy = state.position + spread * noise.forward
         start = self._start if self.tries == 1 else self._multiple_try_start
         state, started = start(state, noisy + spread * noise.proposal, noise.uniform, tilt)

@@ -220,8 +220,7 @@ class _Denoising:
 
     def __init__(self, mixture: GaussianMixture, r: float) -> None:
         self.mixture: Any = mixture
-        full = mixture.covariances.double()
-        full = torch.diag_embed(full) if full.ndim == 2 else full
+        full = mixture.full_covariances.double()
         means, weights = mixture.means.double(), mixture.weights.double()
         centred = means - weights @ means
         noise = r**2 * (

@@ -95,7 +95,7 @@ class HMC:
 
     def advance(self, state: ChainState, noise: HMCNoise, step_size: Tensor, tilt: Tilt) -> tuple[ChainState, Moved]:
         """Trajectories on the tilted target."""
-        spread = 1.0 if self.metric is None else self.metric.sqrt()
+        spread = 1.0 if self.metric is None else self.metric.to(state.position).sqrt()
         acceptance = torch.zeros_like(state.log_prob)
         nonfinite = torch.zeros((), dtype=torch.long, device=state.log_prob.device)
         for fresh, log_uniform, factor in zip(*noise, strict=True):

@@ -93,7 +93,7 @@ class MALA:
         self, state: ChainState, noise: LangevinNoise, step_size: Tensor, tilt: Tilt
     ) -> tuple[ChainState, Moved]:
         """Langevin steps on the tilted target."""
-        spread = 1.0 if self.metric is None else self.metric.sqrt()
+        spread = 1.0 if self.metric is None else self.metric.to(state.position).sqrt()
         drift, diffusion = step_size * spread**2, (2 * step_size).sqrt() * spread
         # log q(x | x') - log q(x' | x) in the proposal's own noise: no difference of large squares
         back = (step_size / 2).sqrt() * spread

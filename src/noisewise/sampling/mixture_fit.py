@@ -131,11 +131,8 @@ class StudentMixture:
         return means[chosen] + (root[chosen] @ scaled.unsqueeze(-1)).squeeze(-1)
 
     def _parts(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        covariances = self.gaussian.covariances.to(like)
-        if covariances.ndim == 2:
-            covariances = torch.diag_embed(covariances)
         return (
             self.gaussian.means.to(like),
-            torch.linalg.cholesky(covariances),
+            torch.linalg.cholesky(self.gaussian.full_covariances.to(like)),
             self.gaussian.weights.to(like).log(),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from noisewise.errors import NoisewiseWarning
 from noisewise.metrics.measurement import Measurement
-from noisewise.sampling.sample import sample
+from noisewise.sampling.loop import sample
 from noisewise.typing import Cost
 
 __all__ = ["TUNING_SEED", "Outcome", "Problem", "System", "outcome_of", "run_kernel"]
@@ -78,7 +78,7 @@ def run_kernel(kernel_or_target: Any, init: Tensor, budget: float, seed: int, th
         else:
             levels_r = list(levels.r)
         acceptance = dict(zip(levels_r, draws.stats["mwg_acceptance"].double().mean(0).tolist(), strict=True))
-    warmed = bool(getattr(kernel_or_target, "step_size", None) is None or not hasattr(kernel_or_target, "step_size"))
+    warmed = getattr(kernel_or_target, "step_size", None) is None
     return outcome_of(draws.positions, draws.cost, draws.warnings, warmed, acceptance)
 
 

@@ -1,0 +1,248 @@
+"""The comparison itself: tune on a seed of its own, run what is missing row by row, then write results and report."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError
+from noisewise.files import write_atomically
+from noisewise.metrics.measurement import Measurement
+from noisewise.metrics.results import Results, Row, describe_environment
+from noisewise.sampling.experiment.forty_modes import forty_modes
+from noisewise.sampling.experiment.network import network
+from noisewise.sampling.experiment.pictures import write_report
+from noisewise.sampling.experiment.problem import TUNING_SEED, Outcome, Problem, System
+from noisewise.sampling.experiment.real_posterior import real_posterior
+from noisewise.sampling.experiment.two_modes import two_mode_problems
+from noisewise.typing import Cost, check_count
+
+__all__ = ["run", "tune"]
+
+_SEEDS = {"quick": (0,), "cpu": (0, 1, 2), "paper": tuple(range(10))}
+_PROTOCOLS = ("A", "B", "C", "D")
+# settings are compared at this share of the budget
+_TUNING_SHARE = 0.25
+
+
+def run(
+    scale: str = "quick",
+    seeds: int | Sequence[int] | None = None,
+    out: Path | str | None = None,
+    protocols: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Results:
+    """Compare DiGS, FittedDiGS and their peers on protocols A to D; only rows that `out` does not hold yet are run.
+
+    `scale`: "quick" (seconds, no tuning, without C), "cpu" (minutes) or "paper". `seeds`: how many (0, 1, ...) or which;
+    by default 1, 3 or 10. `out`: folder of rows/, tuning/, results.json and report.html, by default
+    runs/compare-digs-SCALE; several processes may share it on different protocols. `protocols`: of "A", "B", "C", "D".
+    Returns all rows of this scale that the folder then holds. Torch runs on one thread meanwhile. Raises `InvalidInput`
+    for an unknown scale or protocol and for seed 100, which belongs to tuning; `RunFolderError` for a damaged row.
+    """
+    if scale not in _SEEDS:
+        raise InvalidInput(f"scale must be one of {', '.join(_SEEDS)}, got {scale!r}")
+    wanted = _PROTOCOLS if protocols is None else tuple(protocols)
+    if not wanted or set(wanted) - set(_PROTOCOLS):
+        raise InvalidInput(f"protocols are {', '.join(_PROTOCOLS)}, got {', '.join(map(str, wanted)) or 'none'}")
+    chosen = _seeds(scale, seeds)
+    folder = Path(out or Path("runs") / f"compare-digs-{scale}")
+    device = "cuda" if scale == "paper" and torch.cuda.is_available() else "cpu"
+    every = _problems(scale, device)
+    absent: list[str] = []
+    with _one_thread():
+        for problem in every:
+            if problem.protocol in wanted:
+                absent += _run_problem(problem, chosen, scale, folder, progress)
+        results = _collect(every, scale, folder, device, tuple(dict.fromkeys(absent)))
+        results.save(folder / "results.json")
+        write_report(results, _pictures(folder, scale), folder / "report.html")
+    return results
+
+
+def _seeds(scale: str, seeds: int | Sequence[int] | None) -> tuple[int, ...]:
+    if seeds is None:
+        return _SEEDS[scale]
+    if isinstance(seeds, int | float):
+        return tuple(range(check_count("seeds", seeds)))
+    chosen = tuple(check_count("seeds", seed, 0) for seed in seeds)
+    if not chosen or TUNING_SEED in chosen:
+        raise InvalidInput(f"seeds must be some whole numbers other than {TUNING_SEED}, the tuning seed, got {seeds!r}")
+    return chosen
+
+
+def _problems(scale: str, device: str) -> tuple[Problem, ...]:
+    problems = [forty_modes(scale, device), *two_mode_problems(scale, device)]
+    if scale != "quick":
+        problems.append(network(scale, device))
+    return (*problems, real_posterior(scale, device))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: the batches are small, and two processes then share a machine fairly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_problem(problem: Problem, seeds: tuple[int, ...], scale: str, folder: Path, progress: bool) -> list[str]:
+    """Run the rows that are missing; return a note for each system whose library is not installed."""
+    absent = []
+    for system in problem.systems:
+        if system.extra is not None and importlib.util.find_spec(system.extra[0]) is None:
+            absent.append(f"{system.name} was left out: pip install 'noisewise[{system.extra[1]}]'")
+            continue
+        missing = [seed for seed in seeds if not _row_path(folder, scale, problem, system, seed).exists()]
+        if not missing:
+            continue
+        setting = system.settings[0] if scale == "quick" else tune(problem, system, folder / "tuning", scale)
+        for seed in missing:
+            record = _run_row(problem, system, setting, seed)
+            _write(_row_path(folder, scale, problem, system, seed), {"scale": scale, **record})
+            if progress:
+                print(
+                    f"noisewise: {problem.name}, {system.name}, seed {seed}: {record['seconds']:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return absent
+
+
+def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> dict[str, Any]:
+    """The best of the system's settings by the problem's criterion, on the tuning seed and a quarter of the budget.
+
+    The scores stay in `folder`, and a repeated call reads them. A system with one setting gets it untried.
+    """
+    if len(system.settings) == 1:
+        return system.settings[0]
+    path = folder / f"{_slug(scale, problem.name, system.name)}.json"
+    if path.exists():
+        return _read(path)["chosen"]
+    tried = []
+    for setting in system.settings:
+        try:
+            outcome = system.draw(_TUNING_SHARE * problem.budget, TUNING_SEED, **setting)
+            score = problem.measure(outcome)[problem.criterion]
+        except NoisewiseError:
+            continue  # a setting that cannot run within the budget is not the best one
+        sign = 1 if score.better == "lower" else -1
+        if math.isfinite(score.value):
+            tried.append((sign * score.value, setting, score.value))
+    best = min(tried, key=lambda entry: entry[0])[1] if tried else system.settings[0]
+    scores = [{"setting": setting, "score": value} for _, setting, value in tried]
+    _write(path, {"scale": scale, "problem": problem.name, "system": system.name, "criterion": problem.criterion,
+                  "grid": len(system.settings), "tried": scores, "chosen": best})  # fmt: skip
+    return best
+
+
+def _run_row(problem: Problem, system: System, setting: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One row with its picture and the wall time of running and measuring it."""
+    begin = time.monotonic()
+    picture: dict[str, Any] = {}
+    try:
+        outcome = system.draw(problem.budget, seed, **setting)
+        measurements = problem.measure(outcome)
+        if seed == 0:
+            picture = problem.picture(outcome)
+    except NoisewiseError as error:
+        # a contestant that fails stays in the table, as a failure
+        outcome = Outcome(torch.empty(0, 0, 0), Cost(seconds=time.monotonic() - begin), (f"failed: {error}",))
+        measurements = {problem.criterion: Measurement(math.nan, better=_better(problem))}
+    row = Row(system.name, problem.name, seed, measurements, outcome.cost, outcome.notes)
+    seconds = time.monotonic() - begin
+    return {"protocol": problem.protocol, "seconds": seconds, "row": row.to_dict(), "picture": picture}
+
+
+def _better(problem: Problem) -> str:
+    return "higher" if problem.criterion == "label ESS" else "lower"
+
+
+def _collect(every: Sequence[Problem], scale: str, folder: Path, device: str, absent: tuple[str, ...]) -> Results:
+    """All rows of this scale in the folder, in the order of problems and systems."""
+    order = {(p.name, s.name): index for index, (p, s) in enumerate((p, s) for p in every for s in p.systems)}
+    records = [r for r in _records(folder, scale) if (r["row"]["problem"], r["row"]["system"]) in order]
+    records.sort(key=lambda r: (order[r["row"]["problem"], r["row"]["system"]], r["row"]["seed"]))
+    rows = [Row.from_dict(record["row"]) for record in records]
+    present = {row.problem for row in rows}
+    protocols = sorted({record["protocol"] for record in records})
+    notes = [note for problem in every if problem.name in present for note in problem.notes]
+    notes += [*_tuning_notes(folder, scale), *absent]
+    if scale == "quick":
+        notes.append("Quick scale tunes nothing: each system has the first setting of its grid; cpu scale chooses.")
+    notes.append("Wall time adds up the rows, measuring included; processes may have run them side by side.")
+    number = len({row.seed for row in rows})
+    command = ["noisewise", "compare", "digs", "--scale", scale, "--seeds", str(number)]
+    if len(protocols) < len(_PROTOCOLS) - (scale == "quick"):
+        command += ["--protocol", ",".join(protocols)]
+    return Results(
+        method="digs",
+        scale=scale,
+        command=shlex.join(command),
+        rows=rows,
+        environment=describe_environment(device),
+        wall_seconds=math.fsum(record["seconds"] for record in records),
+        notes=notes,
+    )
+
+
+def _tuning_notes(folder: Path, scale: str) -> list[str]:
+    notes = []
+    for path in sorted((folder / "tuning").glob(f"{scale}-*.json")):
+        found = _read(path)
+        scores = "; ".join(f"{_shown(entry['setting'])}: {entry['score']:.4g}" for entry in found["tried"])
+        notes.append(
+            f"{found['system']} on {found['problem']}: {found['grid']} settings tried on seed {TUNING_SEED} with a quarter of "
+            f"the budget, chosen by {found['criterion']}: {_shown(found['chosen'])} ({scores})."
+        )
+    return notes
+
+
+def _shown(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+
+
+def _records(folder: Path, scale: str) -> list[dict[str, Any]]:
+    found = [_read(path) for path in sorted((folder / "rows").glob(f"{scale}-*.json"))]
+    return [record for record in found if record["scale"] == scale]
+
+
+def _pictures(folder: Path, scale: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """By problem and system, from the first seed."""
+    records = _records(folder, scale)
+    return {(r["row"]["problem"], r["row"]["system"]): r["picture"] for r in records if r["picture"]}
+
+
+def _row_path(folder: Path, scale: str, problem: Problem, system: System, seed: int) -> Path:
+    return folder / "rows" / f"{_slug(scale, problem.name, system.name)}-seed{seed}.json"
+
+
+def _slug(*parts: str) -> str:
+    return "-".join(re.sub(r"[^a-z0-9.]+", "_", part.lower()).strip("_") for part in parts)
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, ensure_ascii=False) + os.linesep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged ({error}); delete it, and the same call makes it again") from error
+    if not isinstance(record, dict) or "scale" not in record:
+        raise RunFolderError(f"{path} is no row of a comparison; delete it, and the same call makes it again")
+    return record
