@@ -78,7 +78,8 @@ def build_regression(library):
     if library == "numpyro":
         pytest.importorskip("numpyro")
         return from_numpyro(numpyro_model, X, y=Y)
-    return from_pymc(pymc_model())
+    # the mode that compiles in a second; the default one is tested in test_from_pymc
+    return from_pymc(pymc_model(), mode="FAST_COMPILE")
 
 
 @pytest.fixture(scope="module", params=["numpy", "numpy-rows", "jax", "numpyro", "pymc"])
@@ -189,7 +190,7 @@ def positive_target(library, model):
             pymc.HalfNormal("s", 2.0)
         else:
             pymc.Exponential("y", pymc.Exponential("rate", 1.5), observed=WAITS)
-    return from_pymc(built)
+    return from_pymc(built, mode="FAST_COMPILE")
 
 
 @pytest.mark.parametrize("library", ["numpyro", "pymc"])

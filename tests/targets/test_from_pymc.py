@@ -12,6 +12,7 @@ from noisewise.targets.pymc import from_pymc
 from noisewise.targets.target import check_target
 
 pymc = pytest.importorskip("pymc")
+pytensor = pytest.importorskip("pytensor")
 
 
 def simplex_model():
@@ -31,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def simplex(model):
-    return from_pymc(model)
+    return from_pymc(model, mode="FAST_COMPILE")
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def points():
 def test_log_prob_is_pymcs_own(model, simplex, points):
     assert simplex.names == ["weights[0]", "weights[1]", "level"]
     value, _ = check_target(simplex, points)
-    own = model.compile_logp(mode="NUMBA")
+    own = model.compile_logp(mode="FAST_COMPILE")
     expected = [float(own({"weights_simplex__": row[:2], "level_interval__": row[2]})) for row in points.numpy()]
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
@@ -56,7 +57,23 @@ def test_constrained_values_lie_in_their_supports(simplex):
     assert values["constant"].shape == (2, 5)
 
 
-def test_no_compiler_and_no_batched_form_still_give_the_same_values(model, simplex, points, monkeypatch):
+def test_the_default_mode_is_numbas_and_that_of_the_configuration_where_it_was_set(monkeypatch):
+    with pymc.Model() as model:
+        pymc.Normal("x", 1.0, 2.0)
+    x = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
+    tried = []
+    monkeypatch.setattr(
+        adapter, "_batched", lambda *arguments, run=adapter._batched: tried.append(arguments[-1]) or run(*arguments)
+    )
+    for flags, mode in [({"mode": "Mode"}, "NUMBA"), ({"mode": "FAST_COMPILE"}, None)]:
+        with pytensor.config.change_flags(**flags):
+            score = from_pymc(model).log_prob_and_score(x)[1]
+        torch.testing.assert_close(score, -(x - 1) / 4)
+        assert tried.pop(0) == mode
+        assert not tried
+
+
+def test_operations_without_a_batched_form_give_the_same_values_row_by_row(model, simplex, points, monkeypatch):
     def refuses(*_):
         raise NotImplementedError("no batched form")
 

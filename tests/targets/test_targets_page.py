@@ -1,5 +1,6 @@
 """The page about targets: each block runs by itself, and its target passes what a sampler checks first."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def run_block(block):
     for library in re.findall(r"^import (\w+)", block, re.MULTILINE):
         pytest.importorskip(library)
     space = {}
-    exec(compile(block, str(PAGE), "exec"), space)
+    with contextlib.ExitStack() as stack:
+        if "pymc" in block:  # the mode that compiles in a second
+            stack.enter_context(pytest.importorskip("pytensor").config.change_flags(mode="FAST_COMPILE"))
+        exec(compile(block, str(PAGE), "exec"), space)
     return space["target"]
 
 

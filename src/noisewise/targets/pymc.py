@@ -22,8 +22,10 @@ def from_pymc(model: Any, *, mode: str | None = None) -> ModelTarget:
     `.names` has one name per coordinate ("mu[0]"), `.unravel(x)` cuts them into variables, `.constrain(x)` gives free
     variables and deterministics on their own scales. Value and score are compiled here, `constrain` at its first use.
 
-    `mode`: PyTensor's compilation mode; by default "NUMBA" where numba is installed (it compiles in about a second
-    and needs no C compiler), else PyTensor's own default. A model with an operation that has no batched form is
+    `mode`: PyTensor's compilation mode; by default that of pytensor.config, and where that was left alone "NUMBA" if
+    numba is installed: the quickest at run time, and it needs no C compiler. Operations that a machine compiles for the
+    first time can take a minute in all; PyTensor keeps them on disk, and later it is seconds. "FAST_COMPILE" takes a
+    second and evaluates 10 to 100 times slower. A model with an operation that has no batched form is
     evaluated row by row. PyMC computes in float64 unless pytensor.config.floatX says otherwise; results take the dtype
     and device of x. Data that is changed later by pymc.set_data is seen, as long as no parameter changes its shape.
 
@@ -47,7 +49,7 @@ def from_pymc(model: Any, *, mode: str | None = None) -> ModelTarget:
         point, [model.logp(), *on_own_scale], model.value_vars
     )
     start = np.concatenate([np.ravel(point[v.name]) for v in model.value_vars]).astype(row.dtype)
-    compiled = functools.partial(_compile_rowwise, model, row, start, mode=mode)
+    compiled = functools.partial(_compile_rowwise, model, row, start, modes=_modes(mode))
     value_and_score = compiled([log_prob, pytensor.grad(log_prob, row)])
 
     @functools.cache
@@ -78,16 +80,23 @@ def _check_free_variables(model: Any) -> None:
         )
 
 
+def _modes(mode: str | None) -> Sequence[str | None]:
+    """PyTensor modes to try in turn; None is the one of pytensor.config."""
+    untouched = require("pytensor", "pymc").config.mode == "Mode"
+    if mode is None and untouched and importlib.util.find_spec("numba") is not None:
+        return ("NUMBA", None)
+    return (mode,)
+
+
 def _compile_rowwise(
-    model: Any, row: Any, start: np.ndarray, outputs: Sequence[Any], mode: str | None
+    model: Any, row: Any, start: np.ndarray, outputs: Sequence[Any], modes: Sequence[str | None]
 ) -> Callable[[Tensor], list[Tensor]]:
     """Compile functions of one point `row` into one function [n, dim] -> list of [n, ...]; tried out at `start`."""
-    modes = [mode] if mode is not None or importlib.util.find_spec("numba") is None else ["NUMBA", None]
     failure: Exception | None = None
     for compile_rows in (_batched, _looped):
-        for candidate in modes:
+        for mode in modes:
             try:
-                evaluate = compile_rows(model, row, outputs, candidate)
+                evaluate = compile_rows(model, row, outputs, mode)
                 # numba compiles at the first call, so only a call shows that the operations are supported
                 evaluate(np.stack([start, start]))
             except Exception as error:

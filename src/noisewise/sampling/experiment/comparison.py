@@ -132,21 +132,24 @@ def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> 
     path = folder / f"{_slug(scale, problem.name, system.name)}.json"
     if path.exists():
         return _read(path)["chosen"]
-    tried = []
-    for setting in system.settings:
-        try:
-            outcome = system.draw(_TUNING_SHARE * problem.budget, TUNING_SEED, **setting)
-            score = problem.measure(outcome)[problem.criterion]
-        except NoisewiseError:
-            continue  # a setting that cannot run within the budget is not the best one
-        sign = 1 if score.better == "lower" else -1
-        if math.isfinite(score.value):
-            tried.append((sign * score.value, setting, score.value))
-    best = min(tried, key=lambda entry: entry[0])[1] if tried else system.settings[0]
-    scores = [{"setting": setting, "score": value} for _, setting, value in tried]
-    _write(path, {"scale": scale, "problem": problem.name, "system": system.name, "criterion": problem.criterion,
-                  "grid": len(system.settings), "tried": scores, "chosen": best})  # fmt: skip
+    scores = [_tuning_score(problem, system, setting) for setting in system.settings]
+    sign = -1 if _better(problem) == "higher" else 1
+    ranks = [math.inf if score is None else sign * score for score in scores]
+    best = system.settings[ranks.index(min(ranks))]
+    tried = [{"setting": setting, "score": score} for setting, score in zip(system.settings, scores, strict=True)]
+    names = {"scale": scale, "problem": problem.name, "system": system.name, "criterion": problem.criterion}
+    _write(path, {**names, "tried": tried, "chosen": best})
     return best
+
+
+def _tuning_score(problem: Problem, system: System, setting: dict[str, Any]) -> float | None:
+    """The criterion's value, or None for a setting that cannot run within the budget or is not finite."""
+    try:
+        outcome = system.draw(_TUNING_SHARE * problem.budget, TUNING_SEED, **setting)
+        value = float(problem.measure(outcome)[problem.criterion])
+    except NoisewiseError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _run_row(problem: Problem, system: System, setting: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -156,8 +159,7 @@ def _run_row(problem: Problem, system: System, setting: dict[str, Any], seed: in
     try:
         outcome = system.draw(problem.budget, seed, **setting)
         measurements = problem.measure(outcome)
-        if seed == 0:
-            picture = problem.picture(outcome)
+        picture = problem.picture(outcome)
     except NoisewiseError as error:
         # a contestant that fails stays in the table, as a failure
         outcome = Outcome(torch.empty(0, 0, 0), Cost(seconds=time.monotonic() - begin), (f"failed: {error}",))
@@ -203,9 +205,12 @@ def _tuning_notes(folder: Path, scale: str) -> list[str]:
     notes = []
     for path in sorted((folder / "tuning").glob(f"{scale}-*.json")):
         found = _read(path)
-        scores = "; ".join(f"{_shown(entry['setting'])}: {entry['score']:.4g}" for entry in found["tried"])
+        scores = "; ".join(
+            f"{_shown(entry['setting'])}: {'failed' if entry['score'] is None else format(entry['score'], '.4g')}"
+            for entry in found["tried"]
+        )
         notes.append(
-            f"{found['system']} on {found['problem']}: {found['grid']} settings tried on seed {TUNING_SEED} with a quarter of "
+            f"{found['system']} on {found['problem']}: {len(found['tried'])} settings tried on seed {TUNING_SEED} with a quarter of "
             f"the budget, chosen by {found['criterion']}: {_shown(found['chosen'])} ({scores})."
         )
     return notes
@@ -221,8 +226,8 @@ def _records(folder: Path, scale: str) -> list[dict[str, Any]]:
 
 
 def _pictures(folder: Path, scale: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """By problem and system, from the first seed."""
-    records = _records(folder, scale)
+    """By problem and system, from the lowest seed."""
+    records = sorted(_records(folder, scale), key=lambda r: -r["row"]["seed"])
     return {(r["row"]["problem"], r["row"]["system"]): r["picture"] for r in records if r["picture"]}
 
 

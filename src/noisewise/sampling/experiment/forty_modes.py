@@ -1,12 +1,14 @@
 """Protocol A: forty Gaussians in the plane, all chains from the origin, equal gradient calls."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from noisewise.errors import require
 from noisewise.metrics.distances import mmd2, wasserstein2
 from noisewise.metrics.floors import sample_floor
 from noisewise.metrics.measurement import Measurement
@@ -156,13 +158,13 @@ def _floor(target: GaussianMixture, metric: str, n: int, n_reference: int = 1) -
 
 def bulk_ess(positions: Tensor) -> float:
     """Least bulk ESS over the coordinates of [chain, draw, dim], by ArviZ; NaN for fewer than four draws a chain."""
-    from noisewise.errors import require
-
     arviz = require("arviz", "sampling")
     if positions.shape[1] < 4:
         return float("nan")
-    data = arviz.convert_to_dataset({"x": positions.double().numpy()})
-    return float(arviz.ess(data, method="bulk")["x"].min())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ remarks on more chains than draws, as with particles
+        data = arviz.convert_to_dataset({"x": positions.double().numpy()})
+        return float(arviz.ess(data, method="bulk")["x"].min())
 
 
 def _picture(target: GaussianMixture, outcome: Outcome) -> dict[str, Any]:

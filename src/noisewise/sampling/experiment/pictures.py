@@ -31,7 +31,9 @@ Pictures = Mapping[tuple[str, str], dict[str, Any]]
 
 def write_report(results: Results, pictures: Pictures, path: Path) -> Path:
     """Write report.html next to results.json. `pictures`: what rows kept for drawing, by problem and system."""
-    report = Report("DiGS beside its peers", "equal gradient calls, warm-up included; floors are those of exact samplers")
+    report = Report(
+        "DiGS beside its peers", "equal gradient calls, warm-up included; floors are those of exact samplers"
+    )
     report.section("Results").results(results)
     for problem, names in _PLOTTED.items():
         if problem in results.problems:
@@ -67,7 +69,9 @@ def _acceptances(report: Report, pictures: Pictures) -> None:
         pairs = picture.get("acceptance")
         if pairs:
             r, acceptance = zip(*sorted(pairs), strict=True)
-            report.figure(acceptance_plot(r, acceptance), f"{system} on {problem}: acceptance of the start by noise scale")
+            report.figure(
+                acceptance_plot(r, acceptance), f"{system} on {problem}: acceptance of the start by noise scale"
+            )
 
 
 def _dimensions(results: Results) -> dict[str, int]:

@@ -52,7 +52,7 @@ class System:
 class Problem:
     """One problem. `measure(outcome)` gives the measurements; `criterion` names the one that tuning looks at.
 
-    `picture(outcome)`: JSON values that the report draws, for the first seed only. `notes`: what to say of the problem.
+    `picture(outcome)`: JSON values that the report draws. `notes`: what to say of the problem.
     """
 
     protocol: str
