@@ -42,7 +42,7 @@ def jax_log_prob(z):
     import jax.numpy as jnp
 
     s = jnp.exp(z[2])
-    squares = ((jnp.asarray(Y) - z[0] - z[1] * jnp.asarray(X)) ** 2).sum()
+    squares = ((jnp.asarray(Y, z.dtype) - z[0] - z[1] * jnp.asarray(X, z.dtype)) ** 2).sum()
     prior = -(z[:2] ** 2).sum() / 8 - s**2 / 4.5 + z[2]
     return prior - squares / (2 * s**2) - len(Y) * z[2] - NORMALIZER
 

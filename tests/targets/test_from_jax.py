@@ -95,7 +95,7 @@ def test_functions_that_cannot_work_are_refused_at_the_first_call(points, fn, op
 
 def test_numpy_data_serves_both_precisions_through_asarray(points):
     data = np.array([0.3, -0.2, 0.9])
-    both = from_jax(lambda x: -((x - jnp.asarray(data)) ** 2).sum(), 3)
+    both = from_jax(lambda x: -((x - jnp.asarray(data, x.dtype)) ** 2).sum(), 3)
     for dtype in (torch.float32, torch.float64, torch.float32):
         value = both.log_prob(points.to(dtype))
         torch.testing.assert_close(value, -((points - torch.as_tensor(data)) ** 2).sum(-1).to(dtype))
@@ -106,7 +106,7 @@ def test_numpy_data_fixed_to_another_precision_names_the_remedy(points):
     held = np.array([0.3, -0.2, 0.9])
     one = from_jax(lambda x: -((x - held) ** 2).sum(), 3)
     one.log_prob(points.float())
-    with pytest.raises(InvalidInput, match=r"write jnp\.asarray\(data\) inside"):
+    with pytest.raises(InvalidInput, match=r"write jnp\.asarray\(data, x\.dtype\) inside"):
         one.log_prob(points)
 
 

@@ -185,9 +185,9 @@ def as_setting(name: str, value: Any, like: Tensor | None = None) -> Tensor | No
 def starting_scale(state: ChainState) -> Float[Tensor, " dim"]:
     """`local_scale` at the starts, where step sizes begin; at a mode the score vanishes and says nothing.
 
-    Then the size of the coordinates themselves (at least 1) is the bound; adaptation takes it from there.
+    Then the size of the coordinates themselves (at least 1) is the bound; adaptation takes it from there. On the CPU.
     """
-    return local_scale(state.score).clamp(max=max(1.0, float(state.position.abs().max())))
+    return local_scale(state.score).clamp(max=max(1.0, float(state.position.abs().max()))).cpu()
 
 
 def local_scale(score: Float[Tensor, "*batch dim"]) -> Float[Tensor, " dim"]:

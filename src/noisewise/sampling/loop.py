@@ -84,6 +84,8 @@ def continue_run(kernel_or_target: Any, earlier: Draws, draws: int, progress: bo
         raise InvalidInput(
             f"resume needs the kernel of the first run, {earlier.config['kernel']}, got {kernel.describe()}"
         )
+    if not earlier.positions.shape[1]:
+        raise InvalidInput("there are no draws to go on from: the run stopped in its warm-up; call sample again")
     kernel = kernel.with_settings(moved_to(earlier.settings, earlier.positions))
     state = kernel.state_type()(**moved_to(earlier.final.state, earlier.positions))
     cold = state.cold if hasattr(state, "cold") else state

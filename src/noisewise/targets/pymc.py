@@ -81,11 +81,11 @@ def _check_free_variables(model: Any) -> None:
 
 
 def _modes(mode: str | None) -> Sequence[str | None]:
-    """PyTensor modes to try in turn; None is the one of pytensor.config."""
-    untouched = require("pytensor", "pymc").config.mode == "Mode"
-    if mode is None and untouched and importlib.util.find_spec("numba") is not None:
-        return ("NUMBA", None)
-    return (mode,)
+    """PyTensor modes to try in turn: the one given, else the user's configuration, else numba and the usual default."""
+    configured = require("pytensor", "pymc").config.mode
+    if mode is not None or configured != "Mode":
+        return (mode or configured,)
+    return (None,) if importlib.util.find_spec("numba") is None else ("NUMBA", None)
 
 
 def _compile_rowwise(
