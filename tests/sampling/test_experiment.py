@@ -129,6 +129,7 @@ def test_bulk_ess_of_independent_draws_is_their_number():
 
 
 @pytest.mark.bench
+@pytest.mark.slow
 def test_blackjax_peers_pay_exactly_for_their_leapfrogs_and_sample_the_mixture():
     pytest.importorskip("blackjax")
     from noisewise.sampling import blackjax_peers

@@ -29,12 +29,12 @@ def gaussian_mixture(means: np.ndarray, variance: float) -> Callable[[Any], Any]
     return log_density
 
 
-def nuts(log_density: Callable[[Any], Any], start: np.ndarray, budget: float, seed: int) -> Outcome:
+def nuts(log_density: Callable[[Any], Any], start: np.ndarray, budget: float | int, seed: int) -> Outcome:
     """NUTS with window adaptation per chain, from `start` [chain, dim].
 
-    The bill is the sum of leapfrog steps over chains, those of the adaptation included, and two calls per chain at
-    the starts of adaptation and sampling; the doublings that find a first step size are not reported by BlackJAX and stay out. Draws are kept until
-    the bill reaches `budget`. Raises `InvalidInput` where the adaptation alone spends it.
+    The bill is the sum of leapfrog steps over chains, those of the adaptation included, and two calls per chain at the
+    starts of adaptation and sampling; the doublings that find a first step size are not reported by BlackJAX and stay
+    out. Draws are kept until the bill reaches `budget`. Raises `InvalidInput` where the adaptation alone spends it.
     """
     jax, blackjax = require("jax", "bench"), require("blackjax", "bench")
     begin = time.monotonic()
@@ -83,7 +83,7 @@ def tempered_smc(
     dim: int,
     scale: float,
     particles: int,
-    budget: float,
+    budget: float | int,
     seed: int,
     step_size: float = 1.0,
     moves: int = 4,

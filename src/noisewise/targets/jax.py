@@ -22,9 +22,9 @@ def from_jax(
     `fn` maps one point [dim] to a scalar and is vmapped here; with `batched=True` it maps [n, dim] to [n], rows
     independent. Float64 tensors are computed in JAX's 64-bit mode, which is switched on for that call only; float32
     tensors in the precision of your JAX configuration. Data that `fn` holds as numpy arrays should pass through
-    `jnp.asarray(data, x.dtype)` inside `fn`, for JAX otherwise fixes them to the first precision it sees. Each new number of
-    rows compiles once (seconds for large models): keep the number of chains fixed. CUDA tensors stay on the device
-    where JAX has one, by DLPack.
+    `jnp.asarray(data, x.dtype)` inside `fn`, for JAX otherwise fixes them to the first precision it sees. Each new
+    number of rows compiles once (seconds for large models): keep the number of chains fixed. CUDA tensors stay on the
+    device where JAX has one, by DLPack.
 
     Raises `MissingExtra` without jax; `InvalidInput` at the first call when JAX cannot trace `fn` or its result has
     another shape.
@@ -68,8 +68,9 @@ def call_jax(fn: Callable[[Any], Any], x: Tensor) -> Any:
             raise InvalidInput(
                 f"jax could not evaluate the function at x of shape {list(x.shape)} and dtype {x.dtype}: "
                 f"{type(error).__name__}: {reason}. It must be jax.numpy operations on x. If it holds numpy arrays and "
-                "has run in another precision before, JAX has fixed them to that one: write jnp.asarray(data, x.dtype) inside the "
-                "function, or switch to 64 bits at the start with jax.config.update('jax_enable_x64', True)"
+                "has run in another precision before, JAX has fixed them to that one: write "
+                "jnp.asarray(data, x.dtype) inside the function, or switch to 64 bits "
+                "at the start with jax.config.update('jax_enable_x64', True)"
             ) from error
 
 

@@ -32,7 +32,7 @@ __all__ = ["run", "tune"]
 _SEEDS = {"quick": (0,), "cpu": (0, 1, 2), "paper": tuple(range(10))}
 _PROTOCOLS = ("A", "B", "C", "D")
 # settings are compared at this share of the budget
-_TUNING_SHARE = 0.25
+_TUNING_SHARE = 0.5
 
 
 def run(
@@ -123,7 +123,7 @@ def _run_problem(problem: Problem, seeds: tuple[int, ...], scale: str, folder: P
 
 
 def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> dict[str, Any]:
-    """The best of the system's settings by the problem's criterion, on the tuning seed and a quarter of the budget.
+    """The best of the system's settings by the problem's criterion, on the tuning seed and half the budget.
 
     The scores stay in `folder`, and a repeated call reads them. A system with one setting gets it untried.
     """
@@ -210,8 +210,8 @@ def _tuning_notes(folder: Path, scale: str) -> list[str]:
             for entry in found["tried"]
         )
         notes.append(
-            f"{found['system']} on {found['problem']}: {len(found['tried'])} settings tried on seed {TUNING_SEED} with a quarter of "
-            f"the budget, chosen by {found['criterion']}: {_shown(found['chosen'])} ({scores})."
+            f"{found['system']} on {found['problem']}: {len(found['tried'])} settings tried on seed {TUNING_SEED} "
+            f"with {_TUNING_SHARE:.0%} of the budget, chosen by {found['criterion']}: {_shown(found['chosen'])} ({scores})."
         )
     return notes
 

@@ -78,8 +78,9 @@ def _systems(target: GaussianMixture, device: str) -> tuple[System, ...]:
         inner = MALA(target, steps=steps, step_size=step_size)
         return DiGS(target, schedule=NoiseSchedule.vp_alpha(alpha, levels=1), inner=inner)
 
-    def pt(leapfrogs: int) -> ParallelTempering:
-        return ParallelTempering(target, betas=geometric_ladder(1e-3, 5), inner=HMC(target, leapfrogs=leapfrogs))
+    def pt(leapfrogs: int, acceptance: float) -> ParallelTempering:
+        inner = HMC(target, leapfrogs=leapfrogs, target_acceptance=acceptance)
+        return ParallelTempering(target, betas=geometric_ladder(1e-3, 5), inner=inner)
 
     means, variance = target.means.numpy(), float(target.covariances.flatten()[0])
     jax_extra = ("blackjax", "bench")
@@ -92,7 +93,14 @@ def _systems(target: GaussianMixture, device: str) -> tuple[System, ...]:
             of(lambda alpha, steps: digs(alpha, steps, None)),
             tuple({"alpha": alpha, "steps": steps} for alpha in (0.1, 0.05) for steps in (1, 2, 5)),
         ),
-        System("PT (tuned)", of(pt), tuple({"leapfrogs": n} for n in (6, 4, 2, 10))),
+        System(
+            "PT (tuned)",
+            of(pt),
+            tuple(
+                {"leapfrogs": n, "acceptance": a}
+                for n, a in ((6, 0.8), (4, 0.8), (2, 0.8), (10, 0.8), (4, 0.9), (6, 0.65))
+            ),
+        ),
         System("PT (scouted)", of(lambda: ParallelTempering(target))),
         System(
             "TemperedSMC",

@@ -57,7 +57,7 @@ class Problem:
 
     protocol: str
     name: str
-    budget: float
+    budget: float | int
     systems: tuple[System, ...]
     measure: Callable[[Outcome], dict[str, Measurement]]
     criterion: str
@@ -65,7 +65,7 @@ class Problem:
     notes: tuple[str, ...] = ()
 
 
-def run_kernel(kernel_or_target: Any, init: Tensor, budget: float, seed: int, thin: int = 1) -> Outcome:
+def run_kernel(kernel_or_target: Any, init: Tensor, budget: float | int, seed: int, thin: int = 1) -> Outcome:
     """The one loop on `kernel_or_target` from the starts `init`; its warnings become notes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoisewiseWarning)
@@ -73,11 +73,9 @@ def run_kernel(kernel_or_target: Any, init: Tensor, budget: float, seed: int, th
     levels = getattr(kernel_or_target, "levels", None)
     acceptance: dict[float, float] = {}
     if "mwg_acceptance" in draws.stats and levels is not None:
-        if "a" in draws.settings:
-            levels_r = (draws.settings["s"] / draws.settings["a"]).tolist()
-        else:
-            levels_r = list(levels.r)
-        acceptance = dict(zip(levels_r, draws.stats["mwg_acceptance"].double().mean(0).tolist(), strict=True))
+        a, s = draws.settings.get("a"), draws.settings.get("s")
+        r = list(levels.r) if a is None or s is None else (s / a).tolist()
+        acceptance = dict(zip(r, draws.stats["mwg_acceptance"].double().mean(0).tolist(), strict=True))
     warmed = getattr(kernel_or_target, "step_size", None) is None
     return outcome_of(draws.positions, draws.cost, draws.warnings, warmed, acceptance)
 

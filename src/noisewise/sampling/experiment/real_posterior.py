@@ -24,7 +24,16 @@ __all__ = ["real_posterior"]
 
 _BUDGET = {"quick": 3e4, "cpu": 2.5e5, "paper": 2.5e6}
 _TRANSPORTED = {"quick": 500, "cpu": 2000, "paper": 2000}
-_CHAINS, _PARTICLES = 40, 500
+_CHAINS = 40
+_SMC_SETTINGS = (
+    (500, 0.9, 4),
+    (500, 0.5, 2),
+    (200, 0.5, 4),
+    (200, 0.5, 8),
+    (200, 0.8, 4),
+    (100, 0.5, 8),
+    (100, 0.8, 8),
+)
 _QUICK = ("noisewise.sample (FittedDiGS)", "HMC")
 
 
@@ -45,7 +54,7 @@ def real_posterior(scale: str, device: str) -> Problem:
         notes=(
             f"posteriordb mixture: {_BUDGET[scale]:.3g} gradient calls each, warm-up included; {_CHAINS} chains, all from "
             "reference draws with mu1 < mu2, so in one of two modes. SMC starts its "
-            f"{_PARTICLES} particles at N(0, 2^2) on the unconstrained scale instead. Standard errors are those of the spread "
+            "particles at N(0, 2^2) on the unconstrained scale instead. Standard errors are those of the spread "
             "of the chain means; the reference's own error is added to them.",
         ),
     )
@@ -60,16 +69,16 @@ def _systems(target: MixturePosterior, device: str) -> tuple[System, ...]:
 
         return draw
 
-    def smc(budget: float, seed: int, **setting: Any) -> Outcome:
-        particles = torch.zeros(_PARTICLES, target.dim, dtype=torch.float64, device=device)
-        return run_kernel(TemperedSMC(target, mean=0.0, scale=2.0, **setting), particles, budget, seed)
+    def smc(budget: float, seed: int, particles: int, **setting: Any) -> Outcome:
+        start = torch.zeros(particles, target.dim, dtype=torch.float64, device=device)
+        return run_kernel(TemperedSMC(target, mean=0.0, scale=2.0, **setting), start, budget, seed)
 
     return (
         System("noisewise.sample (FittedDiGS)", of(lambda: target)),
         System("FittedDiGS, no ladder", of(lambda: FittedDiGS(target, ladder=False))),
         System("DiGS (default)", of(lambda: DiGS(target))),
         System("PT (scouted)", of(lambda: ParallelTempering(target))),
-        System("TemperedSMC", smc, tuple({"ess": e, "moves": m} for e, m in ((0.9, 4), (0.5, 4), (0.9, 2), (0.5, 8)))),
+        System("TemperedSMC", smc, tuple({"particles": n, "ess": e, "moves": m} for n, e, m in _SMC_SETTINGS)),
         System(
             "HMC", of(lambda leapfrogs: HMC(target, leapfrogs=leapfrogs)), tuple({"leapfrogs": n} for n in (10, 5, 20))
         ),
