@@ -12,8 +12,8 @@ from noisewise.targets import gmm40, posteriordb_mixture
 
 
 def test_the_first_run_finds_all_forty_modes(capsys):
-    draws = first_run.main(budget=1.5e5)
-    assert draws.cost.gradients <= 1.5e5
+    draws = first_run.main(budget=8e4)
+    assert draws.cost.gradients <= 8e4
     weights = mode_weights(draws.positions, gmm40().mode_means).weights
     assert (weights > 0).all()
     assert 0.5 * (weights - 1 / 40).abs().sum() < 0.1
@@ -22,17 +22,17 @@ def test_the_first_run_finds_all_forty_modes(capsys):
 
 def test_on_the_own_density_plain_digs_warns_and_the_default_is_right():
     with pytest.warns(NoisewiseWarning, match="modes"):
-        plain, default = own_density.main(budget=1e5)
+        plain, default = own_density.main(budget=6e4)
     centres = torch.stack([-own_density.RIGHT, own_density.RIGHT])
     assert plain.warnings
     assert mode_weights(plain.positions, centres).weights[1] < 0.1
     found = mode_weights(default.positions, centres)
     assert abs(found.weights[1] - own_density.RIGHT_SHARE) < 4 * found.se[1]
-    assert found.se[1] < 0.02
+    assert found.se[1] < 0.04
 
 
 def test_the_posterior_agrees_with_its_reference():
-    draws = posterior.main(budget=2e5)
+    draws = posterior.main(budget=1e5)
     target = posteriordb_mixture()
     exact = target.constrain(target.reference(10_000)).mean(0)
     ours = target.constrain(draws.positions.double()).mean(1)

@@ -180,7 +180,7 @@ def measurement_plot(results: Results, name: str, problem: str | None = None, ag
         axes.set_title(shown, fontsize=10, loc="left")
     measured = entries[0].measurements[name]
     unit = f", {measured.unit}" if measured.unit else ""
-    panels[-1].set_xlabel(f"{name}{unit} ({measured.better} is better)")
+    panels[-1].set_xlabel(f"{name}{unit}" + ("" if measured.better == "neither" else f" ({measured.better} is better)"))
     return figure
 
 

@@ -63,7 +63,7 @@ def test_replicas_at_one_point_always_swap():
 
 def gaussian_swap_acceptance(hot: float, cold: float, dim: int) -> float:
     """Closed form by quadrature: energies of N(0, 1/beta)^dim are Gamma(dim/2, beta)."""
-    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     quantile = torch.as_tensor(gamma.ppf(u.numpy(), dim / 2))
     gap = (cold - hot) * (quantile[:, None] / cold - quantile[None, :] / hot)
     return float(gap.clamp(max=0).exp().mean())
@@ -101,16 +101,16 @@ def test_swap_distance_is_the_half_spread_of_a_gaussian_log_ratio_and_adds_up():
     assert float(swap_distance(torch.tensor(whole))) == pytest.approx(total, rel=0.03)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 5])
-def test_the_scout_heats_until_modes_ten_deviations_apart_are_crossed(dim):
+@pytest.mark.parametrize("dim", [1, 5])
+def test_the_scout_heats_until_modes_ten_deviations_apart_are_crossed(dim, shapes_unchecked):
     target = two_modes(dim)
-    init = target.means[0].expand(64, -1)
-    run = sample(ParallelTempering(target), init=init, draws=1500, warmup=400, seed=dim, progress=False)
+    init = target.means[0].expand(128, -1)
+    run = sample(ParallelTempering(target), init=init, draws=500, warmup=150, seed=dim, progress=False)
     betas = run.settings["betas"]
     # the barrier is (separation / 2)^2 / 2 = 12.5: it must shrink to a few units, and needs no more than that
     assert 0.02 < float(betas[-1]) < 0.4
     assert float(betas[0]) == 1.0
-    weights = mode_weights(run.positions[:, 300:], target.means)
+    weights = mode_weights(run.positions[:, 100:], target.means)
     assert float(weights.se[0]) < 0.03
     assert abs(float(weights.weights[0]) - 0.3) < 4 * float(weights.se[0])
 
@@ -140,10 +140,10 @@ def test_an_inner_kernel_of_another_target_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inner", [lambda t: None, lambda t: MALA(t, steps=2)])
-def test_the_adapted_ladder_swaps_evenly(inner):
+def test_the_adapted_ladder_swaps_evenly(inner, shapes_unchecked):
     target = two_modes(3)
     kernel = ParallelTempering(target, inner=inner(target))
-    run = sample(kernel, chains=64, draws=600, warmup=600, seed=1, progress=False)
+    run = sample(kernel, chains=64, draws=300, warmup=400, seed=1, progress=False)
     swaps = run.stats["swap_acceptance"].double().mean(0)
     assert float(swaps.max() - swaps.min()) < 0.25
     assert 0.15 < float(swaps.min())

@@ -16,7 +16,7 @@ class Measurement:
     `value`: may be NaN or infinite, which means that the measurement failed. `se`: standard error, at least 0, None
     where unknown. `floor`: the score of perfect samples (exact draws against disjoint exact draws), or the ceiling of
     an oracle where higher is better. `n`: number of draws, seeds or chains behind it. `unit`: empty for pure numbers.
-    `better`: "lower" or "higher". Raises `InvalidInput` for a negative `se`, a negative `n` or another `better`.
+    `better`: "lower", "higher", or "neither" for what only describes. Raises `InvalidInput` for a negative `se`, a negative `n` or another `better`.
     """
 
     value: float | int
@@ -38,8 +38,8 @@ class Measurement:
             raise InvalidInput(f"se is a standard error and cannot be negative, got {self.se!r}")
         if self.n is not None and (isinstance(self.n, bool) or self.n < 0):
             raise InvalidInput(f"n counts draws and must be a whole number of at least 0, got {self.n!r}")
-        if self.better not in ("lower", "higher"):
-            raise InvalidInput(f'better must be "lower" or "higher", got {self.better!r}')
+        if self.better not in ("lower", "higher", "neither"):
+            raise InvalidInput(f'better must be "lower", "higher" or "neither", got {self.better!r}')
 
     def __float__(self) -> float:
         return float(self.value)

@@ -67,8 +67,8 @@ def paired_difference(
         raise InvalidInput(f"values must be finite; drop failed seeds from both sides and say so: {first} and {second}")
     if not 0 < confidence < 1:
         raise InvalidInput(f"confidence must lie in (0, 1), got {confidence!r}")
-    if better not in ("lower", "higher"):
-        raise InvalidInput(f'better must be "lower" or "higher", got {better!r}')
+    if better not in ("lower", "higher", "neither"):
+        raise InvalidInput(f'better must be "lower", "higher" or "neither", got {better!r}')
     differences = [u - v for u, v in zip(first, second, strict=True)]
     n = len(differences)
     mean = math.fsum(differences) / n

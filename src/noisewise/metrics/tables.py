@@ -140,7 +140,8 @@ def _markdown_cell(entry: SystemSummary, name: str) -> str:
 
 def _header(name: str, measured: Measurement) -> str:
     unit = f" ({measured.unit})" if measured.unit else ""
-    return f"{name}{unit} {'↓' if measured.better == 'lower' else '↑'}"
+    arrow = {"lower": " ↓", "higher": " ↑", "neither": ""}[measured.better]
+    return f"{name}{unit}{arrow}"
 
 
 def _floor(measured: Sequence[Measurement]) -> str:

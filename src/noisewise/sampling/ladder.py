@@ -20,6 +20,7 @@ _FREE = 0.6
 _HOTTEST = 1e-3
 _STAGES_PER_HALVING = 1
 _LEAPFROGS = 3
+_SCOUT_GAIN = 1.0
 
 
 def geometric_ladder(beta_min: float | int, temperatures: int) -> Float[Tensor, " temperature"]:
@@ -87,7 +88,7 @@ class Scout:
         step = self._hmc.initial_step_size(starting_scale(state), dim)
         # energies of the second half of each cooling stage; start and end positions of each
         memory = {
-            **dual_averaging_start(step.cpu()),
+            "log_step": step.double().log().reshape(1),
             "stages_done": torch.zeros((), dtype=torch.long),
             "energy": torch.zeros((stages, self._cool_steps - self._cool_steps // 2, chains), dtype=torch.float64),
             "first": torch.zeros((stages, chains, dim), dtype=state.position.dtype),
@@ -100,14 +101,16 @@ class Scout:
 
     def _at(self, index: int, memory: dict[str, Tensor], state: ChainState) -> Kernel:
         power = self._powers[index]
-        step = memory["da_log"].exp()[0] / power.sqrt()
+        step = memory["log_step"].exp()[0] / power.sqrt()
         return self._hmc.with_settings({"step_size": step.to(state.position), "power": power.to(state.position)})
 
     def update(
         self, kernel: Kernel, state: ChainState, info: Any, memory: dict[str, Tensor], index: int, steps: int
     ) -> tuple[Kernel, Any, dict[str, Tensor]]:
         """Adapt one step size in units of sqrt(1/beta), record the cooling stages, move on to the next beta."""
-        memory = dual_averaging(memory, info.acceptance.detach().cpu(), self._hmc.target_acceptance)
+        # the density changes with every stage, so the latest rates count, not their average
+        excess = info.acceptance.detach().cpu().double() - self._hmc.target_acceptance
+        memory = {**memory, "log_step": memory["log_step"] + _SCOUT_GAIN * excess}
         if index == self._heat_steps - 1:
             memory |= _home(state)
         cooling = index - len(self._cooling) * self._heat_steps
@@ -145,7 +148,7 @@ class Scout:
         tempered = self._kernel.with_settings({"betas": ladder})
         step = tempered.initial_step_size(local_scale(state.score).cpu(), state.position.shape[1])
         if isinstance(self._kernel.inner, HMC):
-            step = memory["da_mean"].exp()[0] * ladder**-self._kernel.length_power
+            step = memory["log_step"].exp()[0] * ladder**-self._kernel.length_power
         tempered = tempered.with_settings({"step_size": step.to(state.position)})
         nearest = (self._cooling.log().unsqueeze(0) - ladder.log().unsqueeze(1)).abs().argmin(1)
         # every other chain keeps its cold half where it started: heating forgets narrow modes, starts may know them

@@ -22,7 +22,7 @@ __all__ = ["network"]
 
 _CHAINS, _LEVELS, _INNER = 2, 5, 10
 # (draws per chain, sweeps per level)
-_SIZE = {"cpu": (15, 20), "paper": (75, 100)}
+_SIZE = {"cpu": (15, 4), "paper": (75, 100)}
 _LEARNING_RATE, _ROWS = 0.03, 500
 
 

@@ -96,7 +96,7 @@ def _measure(target: MixturePosterior, transported: int, outcome: Outcome) -> di
         "standard errors off": Measurement(abs(share - 0.5) / se if se > 0 else math.inf, n=len(parameters)),
         "largest |z| of the means": Measurement(_largest_z(target, parameters), n=len(parameters)),
         "W2": wasserstein2(few, reference, floor=floor),
-        "P(mu1 < mu2)": Measurement(share, se, floor=0.5, n=len(parameters), better="higher"),
+        "P(mu1 < mu2)": Measurement(share, se, floor=0.5, n=len(parameters), better="neither"),
     }
 
 

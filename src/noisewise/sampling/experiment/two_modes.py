@@ -111,5 +111,5 @@ def _measure(target: Any, outcome: Outcome) -> dict[str, Measurement]:
         "standard errors off": Measurement(off / se if se > 0 else math.inf, n=_CHAINS),
         "label ESS": label_ess(labels, mode=1, cost=calls),
         "mode flips": mode_flips(labels, cost=calls),
-        "weight of the .7 mode": Measurement(weight, se, floor=_HEAVY, n=_CHAINS, better="higher"),
+        "weight of the .7 mode": Measurement(weight, se, floor=_HEAVY, n=_CHAINS, better="neither"),
     }
