@@ -17,10 +17,12 @@ from noisewise.sampling.kernel import (
     Phase,
     as_setting,
     finite,
+    given_settings,
     local_scale,
+    plain_settings,
     select,
 )
-from noisewise.sampling.mala import MALA, _plain
+from noisewise.sampling.mala import MALA
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 from noisewise.typing import check_count
@@ -235,7 +237,7 @@ class DiGS:
 
     def settings(self) -> dict[str, Tensor]:
         """`step_size` per level and the noise scales `r`."""
-        settings = {} if self.step_size is None else {"step_size": torch.as_tensor(self.step_size)}
+        settings = given_settings(step_size=self.step_size)
         if self.schedule is not None:
             settings["a"] = torch.tensor(self.levels.a, dtype=torch.float64)
             settings["s"] = torch.tensor(self.levels.s, dtype=torch.float64)
@@ -272,7 +274,7 @@ class DiGS:
             "sweeps": self.sweeps,
             "tries": self.tries,
             "inner": self.inner.describe(),
-            **_plain(step_size=self.step_size, metric=self.metric),
+            **plain_settings(step_size=self.step_size, metric=self.metric),
         }
 
 

@@ -9,8 +9,17 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput
 from noisewise.sampling.adaptation import TuneSteps
-from noisewise.sampling.kernel import ChainState, Moved, Phase, as_setting, finite, select
-from noisewise.sampling.mala import LocalInfo, _given, _plain
+from noisewise.sampling.kernel import (
+    ChainState,
+    Moved,
+    Phase,
+    as_setting,
+    finite,
+    given_settings,
+    plain_settings,
+    select,
+)
+from noisewise.sampling.mala import LocalInfo
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 from noisewise.typing import check_count
@@ -126,7 +135,7 @@ class HMC:
 
     def settings(self) -> dict[str, Tensor]:
         """`step_size`, `metric` and `power`, where set."""
-        return _given(step_size=self.step_size, metric=self.metric, power=self.power)
+        return given_settings(step_size=self.step_size, metric=self.metric, power=self.power)
 
     def with_settings(self, settings: dict[str, Tensor]) -> "HMC":
         """The same kernel with these settings."""
@@ -150,5 +159,5 @@ class HMC:
             "leapfrogs": self.leapfrogs,
             "steps": self.steps,
             "jitter": self.jitter,
-            **_plain(step_size=self.step_size, metric=self.metric, power=self.power),
+            **plain_settings(step_size=self.step_size, metric=self.metric, power=self.power),
         }

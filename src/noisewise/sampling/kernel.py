@@ -1,5 +1,6 @@
 """The words that every kernel shares: state, noise, `init` and `step`, and the protocols that the loop relies on."""
 
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +19,9 @@ __all__ = [
     "Phase",
     "as_setting",
     "finite",
+    "given_settings",
     "local_scale",
+    "plain_settings",
     "select",
     "starting_scale",
 ]
@@ -180,6 +183,26 @@ def as_setting(name: str, value: Any, like: Tensor | None = None) -> Tensor | No
     if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise InvalidInput(f"{name} must be finite and above 0, got {value!r}")
     return tensor
+
+
+def given_settings(**settings: Any) -> dict[str, Tensor]:
+    """Those settings that are not None, as tensors; numbers keep all their digits, whatever the chains' dtype."""
+    return {
+        name: value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def plain_settings(**settings: Any) -> dict[str, Any]:
+    """Settings as JSON values: tensors become lists, None says that warm-up decides."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        return value if value is None or math.isfinite(value) else str(value)
+
+    return {name: plain(value) for name, value in settings.items()}
 
 
 def starting_scale(state: ChainState) -> Float[Tensor, " dim"]:

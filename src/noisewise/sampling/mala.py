@@ -1,6 +1,5 @@
 """Metropolis-adjusted Langevin (Roberts & Tweedie 1996) and its unadjusted form, for a batch of chains."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -9,7 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from noisewise.sampling.adaptation import TuneSteps
-from noisewise.sampling.kernel import ChainState, Moved, Phase, as_setting, finite, select
+from noisewise.sampling.kernel import (
+    ChainState,
+    Moved,
+    Phase,
+    as_setting,
+    finite,
+    given_settings,
+    plain_settings,
+    select,
+)
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 from noisewise.typing import check_count
@@ -122,7 +130,7 @@ class MALA:
 
     def settings(self) -> dict[str, Tensor]:
         """`step_size` and `metric`, where set."""
-        return _given(step_size=self.step_size, metric=self.metric)
+        return given_settings(step_size=self.step_size, metric=self.metric)
 
     def with_settings(self, settings: dict[str, Tensor]) -> "MALA":
         """The same kernel with these settings."""
@@ -144,7 +152,7 @@ class MALA:
         return {
             "kernel": type(self).__name__,
             "steps": self.steps,
-            **_plain(step_size=self.step_size, metric=self.metric),
+            **plain_settings(step_size=self.step_size, metric=self.metric),
         }
 
 
@@ -158,19 +166,3 @@ class ULA(MALA):
 
     target_acceptance: float | int = field(default=0.9, repr=False)
     adjusted = False
-
-
-def _given(**settings: Any) -> dict[str, Tensor]:
-    """Those settings that are not None, as tensors."""
-    return {name: torch.as_tensor(value) for name, value in settings.items() if value is not None}
-
-
-def _plain(**settings: Any) -> dict[str, Any]:
-    """Settings as JSON values: tensors become lists, None says that warm-up decides."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.tolist()
-        return value if value is None or math.isfinite(value) else str(value)
-
-    return {name: plain(value) for name, value in settings.items()}

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,20 @@ class Plan:
     budget: Budget
 
 
+class _Mark(NamedTuple):
+    """All that a finished draw changes, replaced in one assignment: an interrupt between any two lines finds it whole."""
+
+    state: Any
+    generator: Tensor
+    cost: Cost
+    squares: Tensor
+    nonfinite: Tensor
+    pieces: int
+    written: int
+    rows: list[dict[str, Tensor]]
+    kept: int
+
+
 @dataclass
 class Run:
     """A run in progress. Everything that its future depends on goes into a checkpoint."""
@@ -70,8 +84,7 @@ class Run:
     steps: int | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     pieces: int = 0
-    positions: list[Tensor] = field(default_factory=list)
-    stats: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: list[dict[str, Tensor]] = field(default_factory=list)
     written: int = 0
     messages: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -80,7 +93,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.phases: list[Any] = []
-        self._mark: tuple[Any, Tensor] | None = None
+        self._mark: _Mark | None = None
         cold = self.state.position
         self.squares = torch.zeros(cold.shape[1] + 1, dtype=torch.float64, device=cold.device)
         self.nonfinite = torch.zeros((), dtype=torch.long, device=cold.device)
@@ -179,8 +192,7 @@ class Run:
                 # an iteration cut in half is undone; in warm-up the last checkpoint stands
                 self.interrupted = True
                 if self._mark is not None:
-                    self.state, generator = self._mark
-                    self.generator.set_state(generator)
+                    self._go_back(self._mark)
                 if self.folder is not None:
                     self.folder.event("interrupted", draws=self._count)
         for item in caught:
@@ -189,8 +201,8 @@ class Run:
             elif str(item.message) not in self.messages:
                 self.messages.append(str(item.message))
         result = self._draws()
-        if result.positions.shape[1]:
-            self.messages += [text for text in diagnose(result, self.kernel) if text not in self.messages]
+        found = diagnose(result, self.kernel) if result.positions.shape[1] else self._why_no_draws()
+        self.messages += [text for text in found if text not in self.messages]
         result = replace(result, warnings=tuple(self.messages))
         if self.folder is not None and (self.done or self._mark is not None):
             self._save()
@@ -202,6 +214,8 @@ class Run:
         while not self.warmed:
             phase = self.phases[self.phase]
             if self.steps is None:
+                if not self._affordable(0, phase.opening_gradients):
+                    return
                 self.kernel, self.state, self.memory, self.steps = phase.begin(self.kernel, self.state, self.generator)
                 self._bill(phase.opening_gradients, 0)
             while self.index < self.steps and not phase.finished(self.state):
@@ -216,6 +230,8 @@ class Run:
                 self.index += 1
                 reporter.show(f"warm-up {self.phase + 1}/{len(self.phases)}", self.index, self.steps)
                 self._save_now_and_then()
+            if not self._affordable(0, phase.closing_gradients):
+                return
             self.kernel, self.state = phase.end(self.kernel, self.state, self.memory, self.generator)
             self._bill(phase.closing_gradients, 0)
             self.phase, self.index, self.steps, self.memory = self.phase + 1, 0, None, {}
@@ -226,7 +242,33 @@ class Run:
                 self.folder.event("phase", done=self.phase, gradients=self.cost.gradients)
                 self._save()
 
+    def _why_no_draws(self) -> list[str]:
+        if self.interrupted:
+            return []
+        where = "warm-up left nothing of" if self.warmed else "warm-up, still unfinished, spent"
+        return [f"there are no draws: {where} the budget; raise it, or take fewer than {self.config['chains']} chains"]
+
+    def _snapshot(self) -> _Mark:
+        return _Mark(
+            self.state,
+            self.generator.get_state(),
+            self.cost,
+            self.squares,
+            self.nonfinite,
+            self.pieces,
+            self.written,
+            self.rows,
+            len(self.rows),
+        )
+
+    def _go_back(self, mark: _Mark) -> None:
+        self.state, self.cost, self.squares, self.nonfinite = mark.state, mark.cost, mark.squares, mark.nonfinite
+        self.generator.set_state(mark.generator)
+        self.pieces, self.written, self.rows = mark.pieces, mark.written, mark.rows[: mark.kept]
+
     def _draw(self, reporter: "Reporter") -> None:
+        if not self.warmed:
+            return
         budget = self.plan.budget
         wanted = self.plan.draws
         if wanted is None and budget.gradients is None and budget.seconds is None:
@@ -235,14 +277,14 @@ class Run:
             if not self._affordable(self.plan.thin) or time.monotonic() > self._limit:
                 break
             if self._mark is None:
-                self._mark = (self.state, self.generator.get_state())
+                self._mark = self._snapshot()
             infos = []
             for _ in range(self.plan.thin):
                 self.state, info = self.kernel.step(self.state, self.generator)
                 infos.append(info)
             self._bill(self.plan.thin * self.kernel.gradients_per_step, self.plan.thin * self.kernel.energies_per_step)
             self._record(infos)
-            self._mark = (self.state, self.generator.get_state())
+            self._mark = self._snapshot()
             total = wanted
             if budget.gradients is not None:
                 per_draw = self.config["chains"] * self.plan.thin * self.kernel.gradients_per_step
@@ -253,18 +295,16 @@ class Run:
 
     def _record(self, infos: list[Any]) -> None:
         cold = self.state.cold if hasattr(self.state, "cold") else self.state
-        self.positions.append(cold.position)
-        self.squares[:-1] += cold.score.double().square().sum(0)
-        self.squares[-1] += len(cold.score)
-        values = {"log_prob": cold.log_prob}
+        seen = cold.score.new_tensor([len(cold.score)], dtype=torch.float64)
+        self.squares = self.squares + torch.cat([cold.score.double().square().sum(0), seen])
+        row = {"positions": cold.position, "log_prob": cold.log_prob}
         for name in infos[0]._fields:
             column = [getattr(info, name) for info in infos]
             if name == "nonfinite":
                 self.nonfinite = self.nonfinite + torch.stack(column).sum()
             else:
-                values[name] = column[0] if len(column) == 1 else torch.stack(column).mean(0)
-        for name, value in values.items():
-            self.stats.setdefault(name, []).append(value)
+                row[name] = column[0] if len(column) == 1 else torch.stack(column).mean(0)
+        self.rows.append(row)
 
     def _affordable(self, iterations: int, closing: int = 0) -> bool:
         budget, chains = self.plan.budget.gradients, self.config["chains"]
@@ -283,7 +323,7 @@ class Run:
 
     @property
     def _count(self) -> int:
-        return self.written + len(self.positions)
+        return self.written + len(self.rows)
 
     def _tick(self) -> None:
         """Add the time since the last tick, and the non-finite counts, to the bill."""
@@ -307,12 +347,9 @@ class Run:
         """A piece with the draws since the last one, then the checkpoint that counts it."""
         assert self.folder is not None
         self._tick()
-        if self.positions:
-            piece = {"positions": torch.stack(self.positions)}
-            piece |= {name: torch.stack(values) for name, values in self.stats.items()}
-            self.folder.put_piece(self.pieces, piece)
-            self.pieces, self.written = self.pieces + 1, self._count
-            self.positions, self.stats = [], {}
+        if self.rows:
+            self.folder.put_piece(self.pieces, _stacked(self.rows))
+            self.pieces, self.written, self.rows = self.pieces + 1, self._count, []
         progress = {
             "draws": self.written,
             "pieces": self.pieces,
@@ -325,14 +362,15 @@ class Run:
         }
         self.folder.checkpoint(pack(self._final(), self.squares, self.memory), progress)
         self._saved = time.monotonic()
+        if self._mark is not None:
+            self._mark = self._snapshot()
 
     def _draws(self) -> Draws:
         self._tick()
         like = self.state.position
         pieces = [self.folder.piece(index) for index in range(self.pieces)] if self.folder is not None else []
-        stats = {name: torch.stack(values) for name, values in self.stats.items()}
-        if self.positions:
-            pieces = [*pieces, {"positions": torch.stack(self.positions), **stats}]
+        if self.rows:
+            pieces = [*pieces, _stacked(self.rows)]
         merged = {
             name: torch.cat([piece[name].to(like.device) for piece in pieces]) for name in (pieces[0] if pieces else ())
         }
@@ -351,6 +389,10 @@ class Run:
             interrupted=self.interrupted,
             squares=self.squares,
         )
+
+
+def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def seeded(seed: int, device: torch.device) -> torch.Generator:

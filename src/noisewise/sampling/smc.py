@@ -11,8 +11,7 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.sampling.hmc import HMC
-from noisewise.sampling.kernel import ChainState, Kernel, Phase, as_setting, local_scale
-from noisewise.sampling.mala import _given, _plain
+from noisewise.sampling.kernel import ChainState, Kernel, Phase, as_setting, given_settings, local_scale, plain_settings
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 
@@ -137,7 +136,7 @@ class TemperedSMC:
 
     def settings(self) -> dict[str, Tensor]:
         """`mean`, `scale` and `step_size`, where set."""
-        return _given(mean=self.mean, scale=self.scale, step_size=self.step_size)
+        return given_settings(mean=self.mean, scale=self.scale, step_size=self.step_size)
 
     def with_settings(self, settings: dict[str, Tensor]) -> "TemperedSMC":
         """The same kernel with these settings."""
@@ -159,7 +158,7 @@ class TemperedSMC:
             "ess": self.ess,
             "moves": self.moves,
             "leapfrogs": self.leapfrogs,
-            **_plain(mean=self.mean, scale=self.scale, step_size=self.step_size),
+            **plain_settings(mean=self.mean, scale=self.scale, step_size=self.step_size),
         }
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput
 from noisewise.sampling.hmc import HMC
-from noisewise.sampling.kernel import ChainState, Phase, as_setting
+from noisewise.sampling.kernel import ChainState, Phase, as_setting, given_settings, plain_settings
 from noisewise.sampling.ladder import Scout, TuneLadder, geometric_ladder
-from noisewise.sampling.mala import _given, _plain
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 from noisewise.typing import check_count
@@ -206,7 +205,7 @@ class ParallelTempering:
 
     def settings(self) -> dict[str, Tensor]:
         """`betas`, `step_size` and `metric`, where set."""
-        return _given(betas=self.betas, step_size=self.step_size, metric=self.metric)
+        return given_settings(betas=self.betas, step_size=self.step_size, metric=self.metric)
 
     def with_settings(self, settings: dict[str, Tensor]) -> "ParallelTempering":
         """The same kernel with these settings."""
@@ -234,5 +233,7 @@ class ParallelTempering:
             "beta_min": self.beta_min,
             "max_temperatures": self.max_temperatures,
             "inner": self.inner.describe(),
-            **_plain(betas=None if self.betas is None else self.ladder, step_size=self.step_size, metric=self.metric),
+            **plain_settings(
+                betas=None if self.betas is None else self.ladder, step_size=self.step_size, metric=self.metric
+            ),
         }
