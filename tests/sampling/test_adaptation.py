@@ -27,8 +27,8 @@ def test_dual_averaging_finds_the_root_of_a_noisy_acceptance():
 KERNELS = {
     "MALA": (lambda t: MALA(t), 0.574),
     "HMC": (lambda t: HMC(t, leapfrogs=4), 0.8),
-    "DiGS": (lambda t: DiGS(t, NoiseSchedule.from_scale(0.3, 5.0, 3)), 0.574),
-    "DiGS HMC": (lambda t: DiGS(t, NoiseSchedule.from_scale(0.3, 5.0, 3), inner=HMC(t, leapfrogs=3, steps=2)), 0.8),
+    "DiGS": (lambda t: DiGS(t, NoiseSchedule.from_scale(0.3, 3.0, 3)), 0.574),
+    "DiGS HMC": (lambda t: DiGS(t, NoiseSchedule.from_scale(0.3, 3.0, 3), inner=HMC(t, leapfrogs=3, steps=2)), 0.8),
     "PT": (lambda t: ParallelTempering(t, betas=[1.0, 0.5, 0.2]), 0.8),
     "PT MALA": (lambda t: ParallelTempering(t, betas=[1.0, 0.5, 0.2], inner=MALA(t, steps=2)), 0.574),
 }
@@ -43,18 +43,23 @@ def test_every_step_size_reaches_its_acceptance(name, shapes_unchecked):
     assert run.settings["step_size"].numel() == len(reached)
 
 
-@pytest.mark.parametrize("start", ["spread", "point"])
-@pytest.mark.parametrize("name", ["MALA", "HMC", "PT"])
-def test_the_metric_learns_scales_from_a_hundredth_to_a_hundred(name, start, shapes_unchecked):
+# from one point, a hundred deviations off in one coordinate, Langevin steps travel for most of the warm-up: of a condition
+# number of 10^4 less than 10 is left; HMC and the ladder arrive
+@pytest.mark.parametrize(
+    ("name", "start", "condition"),
+    [(name, "spread", 1.1) for name in ("MALA", "HMC", "PT")]
+    + [("HMC", "point", 1.5), ("PT", "point", 1.5), ("MALA", "point", 10)],
+)
+def test_the_metric_learns_scales_from_a_hundredth_to_a_hundred(name, start, condition, shapes_unchecked):
     scale = torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0], dtype=torch.float64)
     target = GaussianMixture(torch.zeros(1, 5, dtype=torch.float64), (scale**2).unsqueeze(0))
     n = 100
     init = scale * torch.randn((n, 5), dtype=torch.float64, generator=seeded(0)) if start == "spread" else None
     init = torch.ones((n, 5), dtype=torch.float64) if init is None else init
-    run = sample(KERNELS[name][0](target), init=init, draws=300, warmup=800, seed=1, progress=False)
+    run = sample(KERNELS[name][0](target), init=init, draws=200, warmup=500, seed=1, progress=False)
     relative = run.settings["metric"].sqrt() / scale
-    assert float(relative.max() / relative.min()) < 2, relative
-    second_half = run.positions[:, 150:]
+    assert float(relative.max() / relative.min()) < condition, relative
+    second_half = run.positions[:, 100:]
     means = second_half.mean(1)
     assert bool((means.mean(0).abs() < 4 * means.std(0) / n**0.5).all())
     variances = second_half.square().mean(1)

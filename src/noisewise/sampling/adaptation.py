@@ -41,9 +41,9 @@ def score_metric(sum_of_squares: Tensor, count: float) -> Tensor:
 
     The score is local: unlike the draws' variance, it does not see how far the modes are from each other.
     """
-    variance = count / sum_of_squares.double().clamp(min=1e-300)
-    usual = variance.log().mean().exp()
-    return (count * variance + 5 * usual) / (count + 5)
+    log = (count / sum_of_squares.double().clamp(min=1e-300)).log()
+    # on the log scale: a mean of variances would drown the smallest ones in a thousandth of the largest
+    return ((count * log + 5 * log.mean()) / (count + 5)).exp()
 
 
 class TuneSteps:
