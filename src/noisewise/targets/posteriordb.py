@@ -47,35 +47,35 @@ class MixturePosterior:
             )
 
     def _data(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data [N] and the moments (1, y, y^2) [N, 3] of the data, in the dtype of x."""
+        """Data [N] and the moments (1, y) [N, 2] of the data, in the dtype of x."""
         key = (x.dtype, x.device)
         if key not in self._cache:
-            moments = torch.stack([torch.ones_like(self.data), self.data, self.data**2], -1)
+            moments = torch.stack([torch.ones_like(self.data), self.data], -1)
             self._cache[key] = (self.data.to(x), moments.to(x))
         return self._cache[key]
 
-    def _log_density(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log density [n], and responsibility [n, N] of component 1 as numerator and denominator."""
+    def _log_density(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Log density [n], the peaks of both components [n, 2], their log terms [n, N], and exp of minus their distance."""
         data, _ = self._data(x)
         mu, log_sigma, logit = x[:, 0:2], x[:, 2:4], x[:, 4]
         sigma = log_sigma.exp()
         log_theta = torch.nn.functional.logsigmoid(torch.stack([logit, -logit], -1))
         # -z^2 / 2 of each component at each datum, then its weight and peak: differences first, exact for narrow ones
         scale = math.sqrt(0.5) / sigma
+        peak = log_theta - log_sigma
         first, second = (
             torch.sub(
-                (log_theta[:, k] - log_sigma[:, k]).unsqueeze(-1),
+                peak[:, k].unsqueeze(-1),
                 ((data - mu[:, k, None]) * scale[:, k, None]).square(),
             )
             for k in (0, 1)
         )
-        gap = first - second
-        smaller = _exp_of_minus_abs(gap)
+        smaller = _exp_of_minus_abs(first - second)
         log_likelihood = (torch.maximum(first, second) + smaller.log1p()).sum(-1)
         log_likelihood = log_likelihood - len(data) / 2 * math.log(2 * math.pi)
         log_prior = -(mu.square() + sigma.square()).sum(-1) / (2 * _PRIOR_VARIANCE) + 4 * log_theta.sum(-1)
         log_jacobian = log_sigma.sum(-1) + log_theta.sum(-1)
-        return log_likelihood + log_prior + log_jacobian, gap, smaller
+        return log_likelihood + log_prior + log_jacobian, peak, (first, second), smaller
 
     def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         """Unnormalised log posterior density of unconstrained parameters."""
@@ -86,15 +86,19 @@ class MixturePosterior:
     ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
         """Log density and score in closed form, from the responsibilities of the data."""
         rows = self._rows(x)
-        log_prob, gap, smaller = self._log_density(rows)
+        log_prob, peak, terms, smaller = self._log_density(rows)
         _, moments = self._data(x)
-        first = torch.where(gap >= 0, 1.0, smaller) / (1 + smaller) @ moments
-        count, total, square = torch.stack([first, moments.sum(0) - first], 1).unbind(-1)  # each [n, component]
+        # the smaller share is exact in smaller / (1 + smaller), the larger one is the rest
+        share = torch.where(terms[0] >= terms[1], 1.0, smaller) / (1 + smaller)
+        first = share @ moments
+        count, total = torch.stack([first, moments.sum(0) - first], 1).unbind(-1)  # each [n, component]
         mu, sigma, theta = rows[:, 0:2], rows[:, 2:4].exp(), rows[:, 4].sigmoid()
         precision = 1 / sigma.square()
         score_mu = (total - mu * count) * precision - mu / _PRIOR_VARIANCE
-        spread = square - 2 * mu * total + mu.square() * count
-        score_log_sigma = spread * precision - count + 1 - sigma.square() / _PRIOR_VARIANCE
+        # sum of share z^2 out of the log terms: moments of the data would cancel in float32
+        pull = torch.stack([torch.linalg.vecdot(r, t) for r, t in zip((share, 1 - share), terms, strict=True)], -1)
+        spread = 2 * (peak * count - pull)
+        score_log_sigma = spread - count + 1 - sigma.square() / _PRIOR_VARIANCE
         # Beta(5, 5) and the Jacobian together: 5 log theta + 5 log(1 - theta)
         score_logit = count[:, 0] - theta * len(moments) + 5 * (1 - 2 * theta)
         score = torch.cat([score_mu, score_log_sigma, score_logit.unsqueeze(-1)], -1)
