@@ -26,7 +26,9 @@ __all__ = ["two_mode_problems"]
 _BUDGET = {"quick": 1.5e5, "cpu": 1e6, "paper": 1e7}
 _CHAINS = 50
 _HEAVY = 0.7  # weight of the mode in which no chain starts
+# rungs of the tempering ladder per decade of beta, plus one
 _TEMPERATURES = {2: 4, 5: 5, 10: 6, 20: 6, 50: 8}
+_PT_GRID = ((0.1, 2), (0.05, 2), (0.2, 2), (0.1, 4), (0.05, 4), (0.2, 4), (0.1, 8), (0.02, 8))
 
 
 def two_mode_problems(scale: str, device: str) -> tuple[Problem, ...]:
@@ -77,14 +79,16 @@ def _systems(target: Any, plain_digs: bool, both_modes: bool, device: str) -> tu
     def digs() -> DiGS:
         return DiGS(target, schedule=NoiseSchedule.vp_alpha(levels=5), inner=MALA(target, steps=10))
 
-    def pt() -> ParallelTempering:
-        inner = HMC(target, leapfrogs=2, target_acceptance=0.9)
-        return ParallelTempering(target, betas=geometric_ladder(0.1, _TEMPERATURES[dim]), inner=inner)
+    def pt(beta_min: float, leapfrogs: int) -> ParallelTempering:
+        # as many rungs per decade whatever the hottest one is, so that swap rates stay comparable
+        rungs = 1 + math.ceil((_TEMPERATURES[dim] - 1) * -math.log10(beta_min))
+        inner = HMC(target, leapfrogs=leapfrogs, target_acceptance=0.9)
+        return ParallelTempering(target, betas=geometric_ladder(beta_min, rungs), inner=inner)
 
     systems = [
         System("noisewise.sample (FittedDiGS)", of(lambda: target)),
         System("FittedDiGS, no ladder", of(lambda: FittedDiGS(target, ladder=False))),
-        System("PT (tuned)", of(pt)),
+        System("PT (tuned)", of(pt), tuple({"beta_min": b, "leapfrogs": n} for b, n in _PT_GRID)),
         System("PT (scouted)", of(lambda: ParallelTempering(target))),
     ]
     if plain_digs:
