@@ -161,10 +161,10 @@ def test_tempered_moves_of_digs_widen_their_noise_as_the_modes_widen():
     assert float((paths[0] - x).abs().mean()) > 0.5
 
 
-def test_a_schedule_left_open_reaches_from_the_width_of_the_modes_to_the_spread_of_the_starts():
+def test_a_schedule_left_open_reaches_from_the_width_of_the_modes_to_the_spread_of_the_starts(shapes_unchecked):
     target = two_modes(2, separation=40.0, scales=(0.5, 0.5), dtype=torch.float64)
     init = target.sample(200, seeded(0))
-    run = sample(DiGS(target), init=init, draws=5, warmup=100, seed=1, progress=False)
+    run = sample(DiGS(target), init=init, draws=5, warmup=30, seed=1, progress=False)
     r = run.settings["s"] / run.settings["a"]
     assert float(r[0]) == pytest.approx(0.5, rel=0.3)
     assert float(r[-1]) == pytest.approx(float(init.std(0).max()), rel=0.2)

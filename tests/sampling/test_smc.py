@@ -106,7 +106,8 @@ def test_the_bill_counts_the_particles_drawn_from_the_reference():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"ess": 1.0}, "ess"), ({"ess": 0.0}, "ess"), ({"scale": -1.0}, "scale"), ({"moves": 0}, "steps")]
+    ("options", "said"),
+    [({"ess": 1.0}, "ess"), ({"ess": 0.0}, "ess"), ({"scale": -1.0}, "scale"), ({"moves": 0}, "steps")],
 )
 def test_settings_out_of_range_are_refused(options, said):
     with pytest.raises(InvalidInput, match=said):

@@ -1,5 +1,6 @@
 """Parallel tempering: swaps permute replicas, ladders are evenly spaced, and the scout finds how hot they must be."""
 
+import itertools
 import math
 
 import pytest
@@ -74,9 +75,7 @@ def test_even_ladder_equalises_the_swaps_of_a_gaussian():
     rough = torch.tensor([1.0, 0.9, 0.5, 0.45, 0.1, 0.05, 0.02], dtype=torch.float64)
 
     def acceptance(betas):
-        values = [
-            gaussian_swap_acceptance(float(h), float(c), dim) for c, h in zip(betas[:-1], betas[1:], strict=True)
-        ]
+        values = [gaussian_swap_acceptance(float(h), float(c), dim) for c, h in itertools.pairwise(betas)]
         return torch.tensor(values, dtype=torch.float64)
 
     assert float(acceptance(rough).std()) > 0.2
@@ -95,7 +94,7 @@ def test_swap_distance_is_the_half_spread_of_a_gaussian_log_ratio_and_adds_up():
         acceptance = (torch.special.ndtri(u) * s - s**2 / 2).clamp(max=0).exp().mean()
         assert float(swap_distance(acceptance)) == pytest.approx(s / 2, rel=1e-3)
     betas = [1.0, 0.8, 0.64, 0.512]
-    steps = [gaussian_swap_acceptance(h, c, 20) for c, h in zip(betas[:-1], betas[1:], strict=True)]
+    steps = [gaussian_swap_acceptance(h, c, 20) for c, h in itertools.pairwise(betas)]
     whole = gaussian_swap_acceptance(betas[-1], betas[0], 20)
     total = float(swap_distance(torch.tensor(steps)).sum())
     assert float(swap_distance(torch.tensor(whole))) == pytest.approx(total, rel=0.03)
@@ -115,9 +114,9 @@ def test_the_scout_heats_until_modes_ten_deviations_apart_are_crossed(dim, shape
     assert abs(float(weights.weights[0]) - 0.3) < 4 * float(weights.se[0])
 
 
-def test_the_scout_leaves_a_short_ladder_for_one_mode():
+def test_the_scout_leaves_a_short_ladder_for_one_mode(shapes_unchecked):
     target = GaussianMixture(torch.zeros(1, 2), 1.0)
-    run = sample(ParallelTempering(target), chains=64, draws=10, warmup=200, progress=False)
+    run = sample(ParallelTempering(target), chains=64, draws=10, warmup=60, progress=False)
     assert float(run.settings["betas"][-1]) > 0.3
     assert len(run.settings["betas"]) <= 3
 
@@ -146,5 +145,4 @@ def test_the_adapted_ladder_swaps_evenly(inner, shapes_unchecked):
     run = sample(kernel, chains=64, draws=300, warmup=400, seed=1, progress=False)
     swaps = run.stats["swap_acceptance"].double().mean(0)
     assert float(swaps.max() - swaps.min()) < 0.25
-    assert 0.15 < float(swaps.min())
-
+    assert float(swaps.min()) > 0.15

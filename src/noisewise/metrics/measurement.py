@@ -16,7 +16,8 @@ class Measurement:
     `value`: may be NaN or infinite, which means that the measurement failed. `se`: standard error, at least 0, None
     where unknown. `floor`: the score of perfect samples (exact draws against disjoint exact draws), or the ceiling of
     an oracle where higher is better. `n`: number of draws, seeds or chains behind it. `unit`: empty for pure numbers.
-    `better`: "lower", "higher", or "neither" for what only describes. Raises `InvalidInput` for a negative `se`, a negative `n` or another `better`.
+    `better`: "lower", "higher", or "neither" for what only describes. Raises `InvalidInput` for a negative `se`, a negative
+    `n` or another `better`.
     """
 
     value: float | int
