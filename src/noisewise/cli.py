@@ -54,7 +54,7 @@ METHODS = (
         "sampling",
         "a multi-modal log density; samples from all its modes",
         "Chen et al., ICML 2024, arXiv 2402.03008",
-        "noisewise.sampling.experiment",
+        "noisewise.sampling.experiments.digs",
     ),
     Method(
         "mmgibbs",

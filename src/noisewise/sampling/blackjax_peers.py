@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from noisewise.errors import InvalidInput, require
-from noisewise.sampling.experiment.problem import Outcome, outcome_of
+from noisewise.sampling.experiments.digs.problem import Outcome, outcome_of
 from noisewise.typing import Cost
 
 __all__ = ["gaussian_mixture", "nuts", "tempered_smc"]

@@ -35,6 +35,10 @@ _VALLEY = 1.0
 # nor are components closer than this many standard deviations: a skewed mode takes several, a valley needs more
 _OVERLAP = 4.0
 _SEARCH_DRAWS = 2000
+# a chain leaves a place where target / fit is e^12 times the usual once in some hundred thousand fitted moves
+_OUT_OF_PROPORTION = 12.0
+# single draws in a far tail are no missed mode
+_UNCOVERED_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,26 @@ def diagnose(draws: "Draws", kernel: Any) -> list[str]:
             f"the fitted moves are accepted only {float(fitted.double().mean()):.2%} of the time; mode weights rest on the "
             "ladder alone: give a longer warm-up, or refit with FittedDiGS.fitted_to(draws) and start a new run"
         )
+    if getattr(kernel, "reference", None) is not None and kernel.components == "gaussian":
+        found += _uncovered(draws, kernel)
     return found
+
+
+def _uncovered(draws: "Draws", kernel: Any) -> list[str]:
+    """Draws where the target is out of all proportion to the fit: the fitted moves neither reach such a place nor leave it."""
+    chains, count, _ = draws.positions.shape
+    stride = max(chains * count // _SEARCH_DRAWS, 1)
+    x = draws.flat()[::stride]
+    log_prob = draws.stats["log_prob"].T.reshape(-1)[::stride].to(x)
+    ratio = (log_prob - kernel.reference.log_prob(x)).double()
+    share = float((ratio > ratio.median() + _OUT_OF_PROPORTION).double().mean())
+    if share < _UNCOVERED_SHARE:
+        return []
+    return [
+        f"{share:.2%} of the draws lie where the fitted mixture has next to no mass, in a mode or tail that warm-up missed: "
+        "its weight rests on the ladder alone. Give a longer warm-up or starts that are more spread out, or refit with "
+        "FittedDiGS.fitted_to(draws) and start a new run"
+    ]
 
 
 def _stuck(draws: "Draws", kernel: Any) -> list[str]:

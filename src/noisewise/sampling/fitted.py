@@ -12,7 +12,7 @@ from torch import Tensor
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.sampling.kernel import ChainState, Kernel, Phase, finite, select
 from noisewise.sampling.ladder import TuneLadder
-from noisewise.sampling.mixture_fit import StudentMixture, fit_mixture
+from noisewise.sampling.mixture_fit import StudentMixture, fit_mixture, fit_possible, reweighted, tempered_weights
 from noisewise.sampling.tempering import ParallelTempering, PTState
 from noisewise.targets.gaussian_mixture import GaussianMixture
 from noisewise.targets.target import Target, as_target
@@ -24,7 +24,10 @@ __all__ = ["FittedDiGS", "FittedInfo"]
 _POOR_FIT = 0.02
 # draws for the fit: the last two thirds of the tempering warm-up, at most this many over all chains
 _FIT_DRAWS = 6000
-_TRIAL_MOVES = 20
+# share of the ladder's warm-up after which the first fit is made
+_FIRST_FIT = 0.5
+# batches of draws of the fit: some to weigh its components, some moves to see how often it is accepted
+_WEIGHING_DRAWS, _TRIAL_MOVES = 10, 10
 
 
 class FittedInfo(NamedTuple):
@@ -40,7 +43,8 @@ class FittedInfo(NamedTuple):
 class FittedDiGS:
     """Fitted denoising moves on the cold replica, beside a parallel-tempering ladder that finds the modes.
 
-    Warm-up: `tempering` runs and adapts; a Gaussian mixture q0 is fitted to its cold draws (components by BIC) and frozen.
+    Warm-up: `tempering` runs and adapts; a Gaussian mixture q0 is fitted to its cold draws (components by BIC), its weights
+    are corrected by importance sampling, and it is frozen.
     Then every iteration makes `moves` fitted moves and one tempering iteration. A fitted move noises the state, draws from
     the mixture's own denoising posterior q(z | x_t), and accepts with min(1, p(z) q0(x) / (p(x) q0(z))): exact for any q0;
     a bad fit costs acceptance, never correctness. Draws of the warm-up are discarded.
@@ -155,6 +159,21 @@ class FittedDiGS:
         rows = rows[:: max(math.ceil(len(rows) / _FIT_DRAWS), 1)]
         return replace(self, reference=fit_mixture(rows, seed, self.max_components))
 
+    def _weighed(
+        self, rows: int, generator: torch.Generator
+    ) -> tuple["FittedDiGS", ChainState, Float[Tensor, " draw"]]:
+        """This kernel with component weights from importance sampling, and the weighted draws of ten batches of `rows`.
+
+        The ladder's draws may have met a mode only lately.
+        """
+        mixture: Any = self._denoiser.mixture  # type: ignore[attr-defined]
+        z = mixture.sample(_WEIGHING_DRAWS * rows, generator)
+        parts = [ChainState(part, *self.target.log_prob_and_score(part)) for part in z.split(rows)]
+        draws = ChainState(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        weight = tempered_weights(torch.where(finite(*draws[1:]), draws.log_prob, -torch.inf) - mixture.log_prob(z))
+        reference: Any = self.reference
+        return replace(self, reference=reweighted(reference, z, weight)), draws, weight
+
     def settings(self) -> dict[str, Tensor]:
         """Those of the ladder, and the reference mixture."""
         tempering: Any = self.tempering
@@ -182,8 +201,18 @@ class FittedDiGS:
         tempering: Any = self.tempering
         phases = tempering.warmup_phases(gradients, state)
         tuning = phases[-1] if phases else None
-        allowance = tuning.gradients if isinstance(tuning, TuneLadder) else gradients
-        return [*phases[:-1], _TuneAndFit(self, allowance, tuning)]
+        if not isinstance(tuning, TuneLadder):
+            return [_TuneAndFit(self, gradients, None, last=True)]
+        if self.reference is not None:
+            return [*phases[:-1], _TuneAndFit(self, tuning.gradients, tuning, last=True)]
+        first = int(_FIRST_FIT * tuning.gradients)
+        # the ladder is tuned in the first part alone
+        tuning = TuneLadder(tempering, first, adapt=tuning.adapt)
+        return [
+            *phases[:-1],
+            _TuneAndFit(self, first, tuning, last=False),
+            _TuneAndFit(self, gradients - first, None, last=True),
+        ]
 
     def state_type(self) -> type:
         """`PTState`, or `ChainState` without the ladder."""
@@ -248,36 +277,45 @@ _Denoiser = _Independence | _Denoising
 
 
 class _TuneAndFit:
-    """The ladder's tuning with its later cold draws kept, then the fit and a trial of it."""
+    """A part of the warm-up whose later cold draws are kept, then the fit to them and a trial of it.
+
+    In the first part the ladder is tuned; in the last one the first fit's moves carry chains between the modes, so that the
+    fit to its draws sees them all.
+    """
 
     opening_gradients = 0
-    closing_gradients = _TRIAL_MOVES
+    closing_gradients = _WEIGHING_DRAWS + _TRIAL_MOVES
 
-    def __init__(self, kernel: FittedDiGS, gradients: int, tuning: TuneLadder | None) -> None:
+    def __init__(self, kernel: FittedDiGS, gradients: int, tuning: TuneLadder | None, last: bool) -> None:
         self._kernel = kernel
         self._tuning = tuning
         self._gradients = gradients
+        self._last = last
 
     def template(self) -> Kernel:
-        """Before a fit, `FittedDiGS` is its ladder."""
-        return replace(self._kernel, reference=None)
+        """Before a fit, `FittedDiGS` is its ladder; the ladder stays until the last fit."""
+        return replace(self._kernel, reference=None, ladder=True)
 
     def begin(self, kernel: Any, state: Any, generator: torch.Generator) -> tuple[Kernel, Any, dict[str, Tensor], int]:
         """As the ladder's tuning begins, with room for the cold draws."""
         # the trial of the fit is paid from the same allowance
-        allowance = max(self._gradients - _TRIAL_MOVES, 1)
-        if self._tuning is None:
-            tempering: Any = self._kernel.tempering
-            state = tempering.start(state) if isinstance(state, ChainState) else state
-            memory: dict[str, Tensor] = {}
-            steps = max(allowance // tempering.gradients_per_step, 1)
+        allowance = max(self._gradients - self.closing_gradients, 1)
+        memory: dict[str, Tensor] = {}
+        if self._tuning is not None:
+            tempering, state, memory, steps = self._tuning.begin(kernel, state, generator)
+            fitted = replace(self.template(), tempering=tempering)  # type: ignore[type-var]
         else:
-            inner = kernel.tempering if isinstance(kernel, FittedDiGS) else kernel
-            tempering, state, memory, steps = self._tuning.begin(inner, state, generator)
+            fitted = kernel if isinstance(state, PTState) else self.template()
+            state = state if isinstance(state, PTState) else fitted.start(state)
+            steps = max(allowance // fitted.gradients_per_step, 1)
         chains, dim = state.position.shape
         kept = len(self._kept(steps, chains))
-        memory = {**memory, "cold": torch.zeros((kept, chains, dim), dtype=state.position.dtype)}
-        return replace(self._kernel, tempering=tempering, reference=None), state, memory, steps
+        memory = {
+            **memory,
+            "cold": torch.zeros((kept, chains, dim), dtype=state.position.dtype),
+            "cold_log_prob": torch.zeros((kept, chains), dtype=state.position.dtype),
+        }
+        return fitted, state, memory, steps
 
     @staticmethod
     def _kept(steps: int, chains: int) -> range:
@@ -293,6 +331,7 @@ class _TuneAndFit:
         kept = self._kept(steps, state.position.shape[0])
         if index in kept:
             memory["cold"][kept.index(index)] = state.position.cpu()
+            memory["cold_log_prob"][kept.index(index)] = state.cold.log_prob.cpu()
         if self._tuning is None:
             return kernel, state, memory
         tempering, state, memory = self._tuning.update(kernel.tempering, state, info, memory, index, steps)
@@ -309,15 +348,22 @@ class _TuneAndFit:
             kernel = replace(kernel, tempering=tempering)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
         if self._kernel.reference is None:
-            kernel = kernel.fitted_to(memory["cold"].to(state.position), seed)
+            kernel, state = self._fit(kernel, state, memory, seed, generator)
+            trials = _TRIAL_MOVES
         else:
             kernel = replace(kernel, reference=self._kernel.reference)
-        cold, rates = state.cold, []
-        for _ in range(_TRIAL_MOVES):
+            trials = self.closing_gradients
+        cold: ChainState = state.cold
+        rates = []
+        for _ in range(trials):
             cold, accepted, _bad = kernel._fitted_move(cold, generator)
             rates.append(accepted.mean())
         state = _with_cold(state, cold)
         rate = float(torch.stack(rates).mean())
+        if rate < _POOR_FIT:
+            kernel = replace(kernel, reference=None)
+        if not self._last:
+            return kernel, state
         if rate < _POOR_FIT:
             warnings.warn(
                 f"the fitted mixture's moves are accepted only {rate:.2%} of the time, so FittedDiGS goes on as parallel "
@@ -326,8 +372,21 @@ class _TuneAndFit:
                 NoisewiseWarning,
                 stacklevel=2,
             )
-            return replace(kernel, reference=None), state
-        return kernel, state if kernel.ladder else state.cold
+            return kernel, state
+        return replace(kernel, ladder=self._kernel.ladder), state if self._kernel.ladder else state.cold
+
+    def _fit(
+        self, kernel: FittedDiGS, state: PTState, memory: dict[str, Tensor], seed: int, generator: torch.Generator
+    ) -> tuple[FittedDiGS, PTState]:
+        """Fit to the kept draws and those of now; chains that are stuck where no weight is start anew from the fit."""
+        cold = state.cold
+        draws = torch.cat([memory["cold"].to(cold.position).flatten(0, 1), cold.position])
+        log_prob = torch.cat([memory["cold_log_prob"].to(cold.log_prob).flatten(), cold.log_prob])
+        mixture, possible = fit_possible(draws, log_prob, seed, kernel.max_components)
+        kernel, fresh, weight = replace(kernel, reference=mixture)._weighed(len(cold.position), generator)
+        chosen = torch.multinomial(weight, len(cold.position), replacement=True, generator=generator)
+        stuck = ~possible[-len(cold.position) :]
+        return kernel, _with_cold(state, select(stuck, ChainState(*(part[chosen] for part in fresh)), cold))
 
 
 def _with_cold(state: Any, cold: ChainState) -> Any:

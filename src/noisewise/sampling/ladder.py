@@ -226,7 +226,7 @@ class TuneLadder:
     def __init__(self, kernel: Any, gradients: int, adapt: bool) -> None:
         self._kernel = kernel
         self.gradients = gradients
-        self._adapt = adapt
+        self.adapt = adapt
 
     def template(self) -> Kernel:
         """The tempering kernel before tuning."""
@@ -272,7 +272,7 @@ class TuneLadder:
         changes: dict[str, Tensor] = {}
         step = memory["da_log"].exp()
         ladder = kernel.ladder
-        if self._adapt:
+        if self.adapt:
             respaced = even_ladder(ladder, memory["swaps"] / memory["swaps_seen"], len(ladder))
             step = step * (ladder / respaced) ** kernel.length_power
             changes["betas"] = respaced

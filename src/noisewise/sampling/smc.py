@@ -11,13 +11,12 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.sampling.hmc import HMC
+from noisewise.sampling.importance import largest_power
 from noisewise.sampling.kernel import ChainState, Kernel, Phase, as_setting, given_settings, local_scale, plain_settings
 from noisewise.targets.target import Target, as_target
 from noisewise.targets.tilted import Tilt
 
 __all__ = ["SMCInfo", "SMCState", "TemperedSMC"]
-
-_BISECTIONS = 40
 
 
 class SMCState(NamedTuple):
@@ -101,7 +100,7 @@ class TemperedSMC:
         log_q = log_q - 0.5 * x.shape[-1] * math.log(2 * math.pi)
         gain = state.log_prob - log_q
         gain = torch.where(torch.isfinite(gain), gain, -torch.inf)
-        increment = self._increment(gain, 1 - state.beta)
+        increment = largest_power(gain, self.ess, 1 - state.beta)
         log_weight = torch.where(increment > 0, increment * gain, torch.zeros_like(gain))
         weight = log_weight.softmax(0)
         chosen = _systematic(weight, generator)
@@ -119,20 +118,6 @@ class TemperedSMC:
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         mean = torch.as_tensor(0.0 if self.mean is None else self.mean, **options)
         return mean, torch.as_tensor(1.0 if self.scale is None else self.scale, **options)
-
-    def _increment(self, gain: Tensor, most: Tensor) -> Tensor:
-        """The largest step in beta, up to `most`, whose weights keep the effective share `ess`; by bisection."""
-
-        def share(step: Tensor) -> Tensor:
-            weight = torch.where(torch.isfinite(gain), step * gain, -torch.inf).softmax(0)
-            return 1 / (weight.square().sum() * len(gain))
-
-        low, high = torch.zeros_like(most), most
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            enough = share(middle) >= self.ess
-            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        return torch.where(share(most) >= self.ess, most, low)
 
     def settings(self) -> dict[str, Tensor]:
         """`mean`, `scale` and `step_size`, where set."""

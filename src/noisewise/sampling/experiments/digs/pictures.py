@@ -1,12 +1,12 @@
 """The report of the comparison: tables, measurements, draws on GMM-40, mode weights, the dimension sweep, acceptances."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from noisewise.comparison import Pictures
 from noisewise.errors import require
 from noisewise.metrics.results import Results
 from noisewise.plots import acceptance_plot, measurement_plot, mode_weight_plot, scatter_plot
@@ -25,8 +25,6 @@ _PLOTTED = {
     "posteriordb mixture": ("|P(mu1 < mu2) - 1/2|", "W2"),
 }
 _SWEPT = ("|w - .7|", "label ESS")
-
-Pictures = Mapping[tuple[str, str], dict[str, Any]]
 
 
 def write_report(results: Results, pictures: Pictures, path: Path) -> Path:

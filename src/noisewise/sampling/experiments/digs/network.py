@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from noisewise.comparison import Problem, System
 from noisewise.metrics.measurement import Measurement
 from noisewise.noise import NoiseSchedule
 from noisewise.sampling.digs import DiGS
-from noisewise.sampling.experiment.problem import Outcome, Problem, System, run_kernel
+from noisewise.sampling.experiments.digs.problem import Outcome, run_kernel
 from noisewise.sampling.hmc import HMC
 from noisewise.sampling.ladder import geometric_ladder
 from noisewise.sampling.mala import MALA

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noisewise.comparison import Problem, System
 from noisewise.metrics.measurement import Measurement
 from noisewise.metrics.modes import label_ess, mode_flips, mode_weights
 from noisewise.noise import NoiseSchedule
 from noisewise.sampling.digs import DiGS
-from noisewise.sampling.experiment.problem import Outcome, Problem, System, run_kernel
+from noisewise.sampling.experiments.digs.problem import Outcome, run_kernel
 from noisewise.sampling.fitted import FittedDiGS
 from noisewise.sampling.hmc import HMC
 from noisewise.sampling.ladder import geometric_ladder
@@ -59,6 +60,7 @@ def _problem(name: str, target: Any, plain_digs: bool, both_modes: bool, scale: 
         systems=systems,
         measure=functools.partial(_measure, target),
         criterion="label ESS",
+        better="higher",
         picture=lambda outcome: {"acceptance": [list(pair) for pair in outcome.acceptance.items()]},
         notes=(
             f"{name}: {_BUDGET[scale]:.3g} gradient calls each, warm-up included; {_CHAINS} chains, {where}. Truth .700; "

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noisewise.comparison import Problem, System
 from noisewise.metrics.distances import wasserstein2
 from noisewise.metrics.floors import sample_floor
 from noisewise.metrics.measurement import Measurement
 from noisewise.metrics.modes import mode_weights
 from noisewise.sampling.digs import DiGS
-from noisewise.sampling.experiment.problem import Outcome, Problem, System, run_kernel, thinned
+from noisewise.sampling.experiments.digs.problem import Outcome, run_kernel, thinned
 from noisewise.sampling.fitted import FittedDiGS
 from noisewise.sampling.hmc import HMC
 from noisewise.sampling.smc import TemperedSMC

@@ -1,7 +1,7 @@
-"""A problem of the comparison: its systems, their common budget, the settings to try, and how an outcome is measured."""
+"""An outcome of the comparison: what a system drew, and how the one loop makes it."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from noisewise.errors import NoisewiseWarning
-from noisewise.metrics.measurement import Measurement
 from noisewise.sampling.loop import sample
 from noisewise.typing import Cost
 
-__all__ = ["TUNING_SEED", "Outcome", "Problem", "System", "outcome_of", "run_kernel"]
+__all__ = ["Outcome", "outcome_of", "run_kernel", "thinned"]
 
-# settings are chosen on this seed, which is never reported
-TUNING_SEED = 100
 # of a run that has no warm-up, this share of its first draws is dropped
 _BURN_IN = 0.1
 
@@ -32,37 +29,6 @@ class Outcome:
     cost: Cost
     notes: tuple[str, ...] = ()
     acceptance: Mapping[float, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class System:
-    """One contestant. `draw(budget, seed, **setting)`: spend `budget` gradient calls, warm-up included.
-
-    `settings`: those that tuning tries; the first one holds where nothing is tuned. `extra`: the optional libraries
-    it needs, as (module, extra), or None.
-    """
-
-    name: str
-    draw: Callable[..., Outcome]
-    settings: tuple[dict[str, Any], ...] = ({},)
-    extra: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem. `measure(outcome)` gives the measurements; `criterion` names the one that tuning looks at.
-
-    `picture(outcome)`: JSON values that the report draws. `notes`: what to say of the problem.
-    """
-
-    protocol: str
-    name: str
-    budget: float | int
-    systems: tuple[System, ...]
-    measure: Callable[[Outcome], dict[str, Measurement]]
-    criterion: str
-    picture: Callable[[Outcome], dict[str, Any]] = lambda outcome: {}
-    notes: tuple[str, ...] = ()
 
 
 def run_kernel(kernel_or_target: Any, init: Tensor, budget: float | int, seed: int, thin: int = 1) -> Outcome:

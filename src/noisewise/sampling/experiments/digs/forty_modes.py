@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noisewise.comparison import Problem, System
 from noisewise.errors import require
 from noisewise.metrics.distances import mmd2, wasserstein2
 from noisewise.metrics.floors import sample_floor
@@ -16,7 +17,7 @@ from noisewise.metrics.modes import assign_modes, mode_weights, modes_found, tot
 from noisewise.noise import NoiseSchedule
 from noisewise.sampling import blackjax_peers
 from noisewise.sampling.digs import DiGS
-from noisewise.sampling.experiment.problem import Outcome, Problem, System, run_kernel, thinned
+from noisewise.sampling.experiments.digs.problem import Outcome, run_kernel, thinned
 from noisewise.sampling.fitted import FittedDiGS
 from noisewise.sampling.hmc import HMC
 from noisewise.sampling.ladder import geometric_ladder
