@@ -12,9 +12,10 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.metrics import mode_weights
 from noisewise.sampling import FittedDiGS, ParallelTempering, sample
+from noisewise.sampling.importance import effective_share, largest_power
 from noisewise.sampling.kernel import ChainState
-from noisewise.sampling.mixture_fit import StudentMixture, fit_mixture
-from noisewise.targets import GaussianMixture, gmm40, two_bananas, two_modes
+from noisewise.sampling.mixture_fit import StudentMixture, fit_mixture, fit_possible, reweighted, tempered_weights
+from noisewise.targets import GaussianMixture, gmm40, posteriordb_mixture, two_bananas, two_modes
 
 
 def skewed_reference() -> GaussianMixture:
@@ -137,6 +138,50 @@ def test_a_fit_does_not_depend_on_scale_seed_state_or_dtype():
     assert fit_mixture(x.float(), seed=0).means.dtype == torch.float32
 
 
+def test_a_narrow_mode_of_few_draws_stays_narrow_beside_wide_ones():
+    truth = GaussianMixture(
+        torch.tensor([[-20.0] * 5, [20.0] * 5]), torch.tensor([9.0, 1e-4]), torch.tensor([0.97, 0.03])
+    )
+    fit = fit_mixture(truth.sample(3000, seeded(0)).double(), seed=0)
+    narrow = fit.full_covariances[fit.means[:, 0].argmax()]
+    torch.testing.assert_close(narrow.diagonal(), torch.full((5,), 1.05e-4, dtype=torch.float64), rtol=0.6, atol=0)
+
+
+def test_places_where_chains_were_stuck_are_told_from_modes_and_left_out():
+    target = two_modes(4, dtype=torch.float64)
+    # what is stuck is as narrow and as frequent as a mode, 200 nats below
+    stuck = 0.1 * torch.randn((800, 4), dtype=torch.float64, generator=seeded(1))
+    stuck[:, 0] += 20.0
+    draws = torch.cat([target.sample(1200, seeded(0)), stuck])
+    mixture, possible = fit_possible(draws, target.log_prob(draws), seed=0)
+    assert not bool(possible[1200:].any())
+    assert float(possible[:1200].double().mean()) > 0.998
+    assert float(mixture.log_prob(stuck).max()) < float(mixture.log_prob(draws[:1200]).min()) - 10
+    torch.testing.assert_close(mixture.mean(), target.mean(), rtol=0, atol=0.5)
+
+
+def test_importance_sampling_sets_right_the_weights_of_a_fit():
+    target = two_modes(3, dtype=torch.float64)
+    wrong = GaussianMixture(target.means, 1.2 * target.covariances, torch.tensor([0.9, 0.1], dtype=torch.float64))
+    draws = wrong.sample(20_000, seeded(0))
+    weight = tempered_weights(target.log_prob(draws) - wrong.log_prob(draws))
+    # about 2000 draws fall into the heavy mode, each with an importance weight of relative variance below 1
+    assert float(reweighted(wrong, draws, weight).weights[1]) == pytest.approx(0.7, abs=4 * 0.21 * (2 / 2000) ** 0.5)
+
+
+def test_weights_are_cut_just_so_far_that_the_share_asked_for_counts():
+    log_weight = 30 * torch.randn(5000, dtype=torch.float64, generator=seeded(0))
+    log_weight[::7] = -torch.inf
+    power = largest_power(log_weight, 0.1)
+    assert 0 < float(power) < 1
+    cut = torch.where(torch.isfinite(log_weight), power * log_weight, -torch.inf)
+    assert float(effective_share(cut)) == pytest.approx(0.1, rel=1e-6)
+    # by its definition, with plain weights
+    weight = cut.exp()
+    assert float(weight.sum() ** 2 / weight.square().sum() / 5000) == pytest.approx(0.1, rel=1e-6)
+    assert float(largest_power(0.01 * log_weight, 0.1)) == 1
+
+
 @pytest.mark.parametrize("draws", [torch.zeros(1, 2), torch.tensor([[0.0, 1.0], [math.nan, 0.0]])])
 def test_a_fit_refuses_too_few_or_broken_draws(draws):
     with pytest.raises(InvalidInput, match="two finite draws"):
@@ -217,6 +262,30 @@ def test_a_hopeless_reference_is_dropped_with_a_warning_and_tempering_goes_on(sh
         assert "reference_means" not in run.settings
         assert float(run.stats["fitted_acceptance"].max()) == 0
         assert_weight(run, target, most=0.04)
+
+
+def test_a_mode_that_the_fit_does_not_cover_is_warned_of(shapes_unchecked):
+    target = two_modes(2)
+    one = GaussianMixture(target.means[:1], 1.1)
+    init = target.mode_means[torch.arange(40) % 2]
+    kernel = FittedDiGS(target, reference=one)
+    with pytest.warns(NoisewiseWarning, match="next to\\s+no mass"):
+        sample(kernel, init=init, draws=200, warmup=50, seed=1, progress=False)
+    whole = FittedDiGS(target, reference=GaussianMixture(target.means, 1.1, target.weights))
+    assert sample(whole, init=init, draws=200, warmup=50, seed=1, progress=False).warnings == ()
+
+
+@pytest.mark.slow
+def test_a_posterior_with_a_wide_basin_of_no_weight_is_left_for_its_two_modes(shapes_unchecked):
+    # beside its modes, this posterior holds chains in a basin some 400 nats below: one component takes all data
+    target = posteriordb_mixture()
+    reference = target.reference(1000)
+    run = sample(target, chains=20, budget=2e5, seed=0, progress=False)
+    share = (run.positions[..., 0] < run.positions[..., 1]).double().mean(1)
+    se = float(share.std()) / 20**0.5
+    assert abs(float(share.mean()) - 0.5) < 4 * se
+    assert se < 0.02
+    assert float(run.stats["log_prob"].min()) > float(target.log_prob(reference).min()) - 20
 
 
 def test_a_refit_is_a_new_kernel_with_a_frozen_reference():

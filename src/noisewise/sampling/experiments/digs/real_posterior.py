@@ -23,9 +23,9 @@ from noisewise.targets.posteriordb import MixturePosterior, posteriordb_mixture
 
 __all__ = ["real_posterior"]
 
-_BUDGET = {"quick": 3e4, "cpu": 2.5e5, "paper": 2.5e6}
+_BUDGET = {"quick": 3e4, "cpu": 2e6, "paper": 2e7}
 _TRANSPORTED = {"quick": 500, "cpu": 2000, "paper": 2000}
-_CHAINS = 40
+_CHAINS = 20
 _SMC_SETTINGS = (
     (500, 0.9, 4),
     (500, 0.5, 2),
