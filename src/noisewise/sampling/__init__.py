@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "denoising_gibbs": ["DenoisingGibbs"],
         "diagnostics": ["Modes", "find_modes"],
         "digs": ["DiGS"],
         "draws": ["Draws"],
@@ -15,5 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loop": ["Budget", "sample"],
         "smc": ["TemperedSMC"],
         "tempering": ["ParallelTempering"],
+        "walk_jump": ["NoisyLangevin", "WalkJump"],
     },
 )

@@ -32,7 +32,7 @@ class Final:
 class Draws:
     """Draws of a sampling run.
 
-    `positions`: [chain, draw, dim]. `stats`: by name, first axis the draw: `log_prob` [draw, chain] of the target, and the
+    `positions`: [chain, draw, dim]. `stats`: by name, first axis the draw: `log_prob` [draw, chain] of the target (none for a model's kernel), and the
     kernel's acceptances (mean over chains and the iterations between draws) [draw, level]. `cost`: the bill, warm-up
     included. `names`: one per coordinate. `config`: what was asked. `settings` that warm-up found: `final.settings`.
     `warnings`: what the diagnostics said. `interrupted`: stopped by Ctrl-C before the draws asked for.
@@ -71,7 +71,7 @@ class Draws:
         Raises `MissingExtra` without ArviZ.
         """
         arviz = require("arviz", "sampling")
-        stats = {"lp": self.stats["log_prob"].T.cpu().numpy()}
+        stats = {"lp": self.stats["log_prob"].T.cpu().numpy()} if "log_prob" in self.stats else {}
         return arviz.from_dict(
             posterior={"x": self.positions.cpu().numpy()},
             sample_stats=stats,

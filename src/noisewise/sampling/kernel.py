@@ -47,7 +47,9 @@ class Kernel(Protocol):
     """A transition that leaves its target invariant (ULA excepted), pure in `state` and `generator`.
 
     `gradients_per_step`, `energies_per_step`: calls per chain that one `step` makes, known before it runs.
-    `settings()` and `with_settings(...)`: everything that warm-up may change, as named tensors.
+    `settings()` and `with_settings(...)`: everything that warm-up may change, as named tensors. A kernel that samples what a
+    model implies has no target: it has a `model`, `bind(start)` in its place, which returns it for points of the starts'
+    dimension, and `gradients_at_start` where `init` makes more than one call per chain.
     """
 
     @property

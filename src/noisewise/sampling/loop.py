@@ -42,13 +42,15 @@ def sample(
     `init`: starts, [chain, dim] or one [dim] for all; by default standard normal draws. Their dtype and device are the
     run's. `budget`: value-and-gradient calls over all chains, or a `Budget`; the run stops before it would exceed it.
     `thin`: iterations per draw. `checkpoint`: a folder, written every two seconds; the same call goes on from it after a
-    crash, to the same draws. `dim`: needed only for a bare torch callable.
+    crash, to the same draws. `dim`: needed only for a bare torch callable, or for a model kernel (`DenoisingGibbs`, `WalkJump`)
+    without `init`.
 
     Ctrl-C returns the draws made so far. The first call of the target is checked (shape, dtype, finiteness, independent
     rows); the two extra rows of that check are not billed. Raises `InvalidInput` before any long work.
     """
     kernel = _as_kernel(kernel_or_target, dim)
-    start = _starts(kernel.target, init, chains, seed)
+    start = _starts(_dim(kernel, dim), init, chains, seed)
+    kernel = kernel.bind(start) if hasattr(kernel, "bind") else kernel
     plan = Plan(
         draws=None if draws is None else check_count("draws", draws),
         warmup=check_count("warmup", warmup, 0),
@@ -66,7 +68,7 @@ def sample(
         "seed": check_count("seed", seed, 0),
         "thin": plan.thin,
         "budget": plan.budget.gradients,
-        "target": type(kernel.target).__name__,
+        "target": type(kernel.model if hasattr(kernel, "bind") else kernel.target).__name__,
     }
     folder = None if checkpoint is None else RunFolder(checkpoint)
     if folder is not None and folder.exists:
@@ -80,20 +82,24 @@ def sample(
 def continue_run(kernel_or_target: Any, earlier: Draws, draws: int, progress: bool) -> Draws:
     """`draws` more per chain after `earlier`; what `Draws.resume` does."""
     kernel = _as_kernel(kernel_or_target, earlier.positions.shape[-1])
-    if kernel.describe() != earlier.config["kernel"] or kernel.target.dim != earlier.positions.shape[-1]:
+    dim = earlier.positions.shape[-1]
+    if kernel.describe() != earlier.config["kernel"] or _dim(kernel, dim) != dim:
         raise InvalidInput(
             f"resume needs the kernel of the first run, {earlier.config['kernel']}, got {kernel.describe()}"
         )
     if not earlier.positions.shape[1]:
         raise InvalidInput("there are no draws to go on from: the run stopped in its warm-up; call sample again")
+    kernel = kernel.bind(earlier.positions[:, 0]) if hasattr(kernel, "bind") else kernel
     kernel = kernel.with_settings(moved_to(earlier.settings, earlier.positions))
     state = kernel.state_type()(**moved_to(earlier.final.state, earlier.positions))
     cold = state.cold if hasattr(state, "cold") else state
-    value = kernel.target.log_prob_and_score(cold.position[:1])[0]
-    if not torch.allclose(value, cold.log_prob[:1], rtol=1e-3, atol=1e-3):
-        raise InvalidInput(
-            f"the target gives {value.item():.6g} where the first run had {cold.log_prob[0].item():.6g}: it is another target"
-        )
+    if not hasattr(kernel, "bind"):
+        value = kernel.target.log_prob_and_score(cold.position[:1])[0]
+        if not torch.allclose(value, cold.log_prob[:1], rtol=1e-3, atol=1e-3):
+            raise InvalidInput(
+                f"the target gives {value.item():.6g} where the first run had {cold.log_prob[0].item():.6g}: "
+                "it is another target"
+            )
     plan = Plan(check_count("draws", draws), 0, earlier.config["thin"], Budget())
     run = Run(kernel, state, seeded(0, earlier.positions.device), plan, dict(earlier.config), None)
     run.generator.set_state(earlier.final.generator)
@@ -110,21 +116,27 @@ def _as_kernel(obj: Any, dim: int | None) -> Any:
     return FittedDiGS(as_target(obj, dim))
 
 
-def _starts(target: Target, init: Any, chains: int | None, seed: int) -> Float[Tensor, "chain dim"]:
+def _dim(kernel: Any, given: int | None) -> int | None:
+    """Number of coordinates; a model does not know it, so that `given` or the starts decide."""
+    return given if hasattr(kernel, "bind") else kernel.target.dim
+
+
+def _starts(dim: int | None, init: Any, chains: int | None, seed: int) -> Float[Tensor, "chain dim"]:
     if chains is not None:
         chains = check_count("chains", chains)
     if init is None:
+        if dim is None:
+            raise InvalidInput("a model does not know its dimension: give starts, init=[chain, dim], or dim=")
         generator = torch.Generator().manual_seed(seed + 1_000_003)
-        return torch.randn((chains or 64, target.dim), generator=generator)
+        return torch.randn((chains or 64, dim), generator=generator)
     start = torch.as_tensor(init)
     if not start.dtype.is_floating_point:
         start = start.to(torch.get_default_dtype())
     if start.ndim == 1:
         start = start.expand(chains or 64, -1)
-    if start.ndim != 2 or start.shape[1] != target.dim:
-        raise InvalidInput(
-            f"init must be [chain, {target.dim}] or [{target.dim}], got shape {tuple(torch.as_tensor(init).shape)}"
-        )
+    if start.ndim != 2 or start.shape[1] != (dim or start.shape[1]):
+        size = dim or "dim"
+        raise InvalidInput(f"init must be [chain, {size}] or [{size}], got shape {tuple(torch.as_tensor(init).shape)}")
     if chains is not None and len(start) != chains:
         raise InvalidInput(f"chains={chains} was asked for, but init has {len(start)} rows")
     return start.detach().clone()

@@ -15,7 +15,7 @@ from noisewise.sampling.diagnostics import diagnose
 from noisewise.sampling.draws import KIND, Draws, Final, pack, part, unpack
 from noisewise.sampling.kernel import ChainState
 from noisewise.sampling.progress import Reporter
-from noisewise.targets.target import check_target
+from noisewise.targets.target import check_start, check_target
 from noisewise.typing import Cost
 
 __all__ = ["Budget", "Plan", "Run", "moved_to", "seeded"]
@@ -105,9 +105,9 @@ class Run:
     @classmethod
     def begin(cls, kernel: Any, start: Tensor, plan: Plan, config: dict[str, Any], folder: RunFolder | None) -> "Run":
         """Check the target and the budget, then claim the folder."""
-        cold = ChainState(start, *check_target(kernel.target, start))
+        cold = _checked_start(kernel, start)
         run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
-        run.cost = Cost(gradients=len(start))
+        run.cost = Cost(gradients=len(start) * getattr(kernel, "gradients_at_start", 1))
         run.allowance = run._warmup_allowance(cold)
         run.phases = kernel.warmup_phases(run.allowance, cold)
         if not run.phases:
@@ -124,7 +124,7 @@ class Run:
         stored = folder.restore()
         if stored is None:
             return cls.begin(kernel, start, plan, config, None)._in(folder)
-        cold = ChainState(start, *check_target(kernel.target, start))
+        cold = _checked_start(kernel, start)
         run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
         tensors, progress = stored
         final, squares = unpack(tensors)
@@ -147,8 +147,10 @@ class Run:
         self.folder = folder
         return self
 
-    def _warmup_allowance(self, cold: ChainState) -> int:
+    def _warmup_allowance(self, cold: Any) -> int:
         """Value-and-gradient calls per chain that the warm-up may use."""
+        if hasattr(self.kernel, "bind"):
+            return 0
         chains, budget = len(cold.position), self.plan.budget
         share = getattr(self.kernel, "warmup_share", _WARMUP_SHARE)
         allowed = []
@@ -295,9 +297,12 @@ class Run:
 
     def _record(self, infos: list[Any]) -> None:
         cold = self.state.cold if hasattr(self.state, "cold") else self.state
-        seen = cold.score.new_tensor([len(cold.score)], dtype=torch.float64)
-        self.squares = self.squares + torch.cat([cold.score.double().square().sum(0), seen])
-        row = {"positions": cold.position, "log_prob": cold.log_prob}
+        row = {"positions": cold.position}
+        if hasattr(self.kernel, "target"):
+            seen = cold.score.new_tensor([len(cold.score)], dtype=torch.float64)
+            self.squares = self.squares + torch.cat([cold.score.double().square().sum(0), seen])
+        if hasattr(cold, "log_prob"):
+            row["log_prob"] = cold.log_prob
         for name in infos[0]._fields:
             column = [getattr(info, name) for info in infos]
             if name == "nonfinite":
@@ -355,7 +360,7 @@ class Run:
             "pieces": self.pieces,
             "finished": self.done,
             "cost": vars(self.cost),
-            "names": getattr(self.kernel.target, "names", None),
+            "names": getattr(getattr(self.kernel, "target", None), "names", None),
             "warnings": self.messages,
             "interrupted": self.interrupted,
             **{name: getattr(self, name) for name in ("warmed", "phase", "index", "steps", "allowance")},
@@ -375,10 +380,11 @@ class Run:
             name: torch.cat([piece[name].to(like.device) for piece in pieces]) for name in (pieces[0] if pieces else ())
         }
         if not merged:
-            merged = {"positions": like.new_zeros((0, *like.shape)), "log_prob": like.new_zeros((0, len(like)))}
+            merged = {"positions": like.new_zeros((0, *like.shape))}
+            merged |= {"log_prob": like.new_zeros((0, len(like)))} if hasattr(self.state, "log_prob") else {}
         if self.plan.draws is not None:
             merged = {name: value[: self.plan.draws] for name, value in merged.items()}
-        names = getattr(self.kernel.target, "names", None)
+        names = getattr(getattr(self.kernel, "target", None), "names", None)
         return Draws(
             positions=merged.pop("positions").transpose(0, 1).contiguous(),
             stats=merged,
@@ -389,6 +395,14 @@ class Run:
             interrupted=self.interrupted,
             squares=self.squares,
         )
+
+
+def _checked_start(kernel: Any, start: Tensor) -> Any:
+    """The state at the starts, checked: of the target, or of the model that a kernel without a target samples."""
+    if hasattr(kernel, "bind"):
+        check_start(start)
+        return kernel.init(start)
+    return ChainState(start, *check_target(kernel.target, start))
 
 
 def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
