@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from noisewise.denoising.posterior import denoising_tilt
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption, NoiseSchedule
 from noisewise.sampling.adaptation import TuneSteps
@@ -174,7 +175,7 @@ class DiGS:
         noisy = state.position + spread * noise.forward
         start = self._start if self.tries == 1 else self._multiple_try_start
         state, started = start(state, noisy + spread * noise.proposal, noise.uniform, tilt)
-        state, moved = self.inner.advance(state, noise.inner, step_size, _denoising(tilt, noisy, spread))
+        state, moved = self.inner.advance(state, noise.inner, step_size, denoising_tilt(tilt, noisy, spread))
         return state, started, moved
 
     def _start(self, state: ChainState, z: Tensor, uniform: Tensor, tilt: Tilt) -> tuple[ChainState, Moved]:
@@ -321,12 +322,3 @@ class _ChooseSchedule:
         # starts on one point say nothing of the spread: reach ten local scales, as a = 0.1 does at unit scale
         wide = max(spread, 10 * narrow)
         return replace(self._kernel, schedule=NoiseSchedule.from_scale(narrow, wide, 4)), state
-
-
-def _denoising(tilt: Tilt, noisy: Tensor, spread: float | int | Tensor) -> Tilt:
-    """The tilt of the denoising posterior of a tilted target: the product of the two Gaussian factors."""
-    precision = spread**-2 if isinstance(spread, Tensor) else torch.as_tensor(spread**-2).to(noisy)
-    if isinstance(tilt.precision, float) and tilt.precision == 0:
-        return Tilt(tilt.power, precision, noisy)
-    total = precision + tilt.precision
-    return Tilt(tilt.power, total, (precision * noisy + tilt.precision * tilt.center) / total)

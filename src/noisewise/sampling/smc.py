@@ -62,6 +62,13 @@ class TemperedSMC:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", as_target(self.target))
+        own = getattr(self.target, "chains", None)
+        if own is not None:
+            raise InvalidInput(
+                f"TemperedSMC moves particles from chain to chain, but this {type(self.target).__name__} has a density of "
+                f"its own for each of {own} chains: run one SMC per chain, on target.at_rows(torch.tensor([chain])), or "
+                "another kernel"
+            )
         if not 0 < self.ess < 1:
             raise InvalidInput(f"ess must lie in (0, 1), got {self.ess!r}")
         as_setting("scale", self.scale)

@@ -20,6 +20,10 @@ class Target(Protocol):
     Optional, where known: `sample(n, generator) -> [n, dim]` exact draws, `log_normalizer` (float, the log of the
     integral of exp(log_prob)), `reference(n) -> [n, dim]` trusted draws, `names` (one per coordinate), `mode_means`
     ([modes, dim], centres to which draws can be assigned).
+
+    Rows are independent of each other and alike, unless a target has a density of its own for each chain. Such a target
+    says so by `chains` (how many; None when all are alike): it takes k x chains rows, row r belonging to chain
+    r % chains, and `at_rows(rows) -> Target` is the target of those chains alone, `rows` being an integer tensor.
     """
 
     dim: int
@@ -159,13 +163,16 @@ def check_target(target: Target, x: Float[Tensor, "chain dim"]) -> tuple[Tensor,
     """Evaluate `target` at the starts `x` and check all that a batched sampler relies on; return value and score there.
 
     Checked: shape [chain] of log_prob and [chain, dim] of the score, dtype, finiteness at every start (the chain is
-    named), and that rows are independent of each other (two of them alone give the same values). One value-and-gradient
-    call per chain and two more. Raises `InvalidInput`.
+    named), and that rows are independent of each other (two of them alone, taken by `at_rows` where chains have densities
+    of their own, give the same values). One value-and-gradient call per chain and two more. Raises `InvalidInput`.
     """
     chains, dim = x.shape
     if dim != target.dim:
         raise InvalidInput(f"the starts have {dim} coordinates, but the target has dim {target.dim}")
     check_start(x)
+    own: Any = getattr(target, "chains", None)
+    if own is not None and own != chains:
+        raise InvalidInput(f"the target has a density of its own for each of {own} chains, but {chains} were started")
     value, score = target.log_prob_and_score(x)
     if value.shape != (chains,):
         shown = tuple(value.shape)
@@ -193,7 +200,8 @@ def check_target(target: Target, x: Float[Tensor, "chain dim"]) -> tuple[Tensor,
     if chains > 1:
         # another batch of two of the rows: a mean over the batch or a batch norm shows, an order-dependence too
         rows = torch.tensor([chains - 1, 0], device=x.device)
-        value_pair, score_pair = target.log_prob_and_score(x[rows])
+        pair: Any = target if own is None else target.at_rows(rows)  # type: ignore[attr-defined]
+        value_pair, score_pair = pair.log_prob_and_score(x[rows])
         tolerance = 1e-3 if x.dtype == torch.float32 else 1e-6
         for name, there, here in (("log_prob", value[rows], value_pair), ("score", score[rows], score_pair)):
             gap = (there - here).abs().reshape(2, -1).amax(-1)
