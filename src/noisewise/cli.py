@@ -62,6 +62,7 @@ METHODS = (
         "sampling",
         "a noisy energy or score model; clean samples",
         "Zhang et al., NeurIPS 2023, arXiv 2305.11650",
+        "noisewise.energy.experiments.mmgibbs",
     ),
     Method(
         "dikl",

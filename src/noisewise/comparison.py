@@ -83,13 +83,15 @@ class Comparison:
     """What a method's experiment declares, and the run of it.
 
     `method`: its key on the command line. `problems(scale, device)`. `report(results, pictures, path)`: writes the page.
-    `protocols`: letters of all problems; those that a scale lacks are named in `absent`, by scale. `seeds`: by scale.
+    `protocols`: names of all problems' protocols; `optional`: those that run only when asked for; `absent`: those that a
+    scale lacks. `seeds`: by scale.
     """
 
     method: str
     problems: Callable[[str, str], Sequence[Problem]]
     report: Callable[[Results, Pictures, Path], Any]
     protocols: tuple[str, ...]
+    optional: tuple[str, ...] = ()
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: Mapping[str, tuple[int, ...]] = field(
         default_factory=lambda: {"quick": (0,), "cpu": (0, 1, 2), "paper": tuple(range(10))}
@@ -107,13 +109,14 @@ class Comparison:
 
         `scale`: "quick" (seconds, nothing tuned), "cpu" (minutes) or "paper". `seeds`: how many (0, 1, ...) or which; by
         default the method's own. `out`: folder of rows/, tuning/, results.json and report.html, by default
-        runs/compare-METHOD-SCALE; several processes may share it on different protocols. `protocols`: letters, all by
-        default. Torch runs on one thread meanwhile. Raises `InvalidInput` for an unknown scale or protocol and for seed
-        100, which belongs to tuning; `RunFolderError` for a damaged row.
+        runs/compare-METHOD-SCALE; several processes may share it on different protocols. `protocols`: names, all but the
+        optional ones by default. Torch runs on one thread meanwhile. Raises `InvalidInput` for an unknown scale or protocol
+        and for seed 100, which belongs to tuning; `RunFolderError` for a damaged row.
         """
         if scale not in self.seeds:
             raise InvalidInput(f"scale must be one of {', '.join(self.seeds)}, got {scale!r}")
-        wanted = self.protocols if protocols is None else tuple(protocols)
+        usual = tuple(protocol for protocol in self.protocols if protocol not in self.optional)
+        wanted = usual if protocols is None else tuple(protocols)
         if not wanted or set(wanted) - set(self.protocols):
             raise InvalidInput(
                 f"protocols are {', '.join(self.protocols)}, got {', '.join(map(str, wanted)) or 'none'}"
@@ -149,7 +152,7 @@ class Comparison:
         notes.append("Wall time adds up the rows, measuring included; processes may have run them side by side.")
         number = len({row.seed for row in rows})
         command = ["noisewise", "compare", self.method, "--scale", scale, "--seeds", str(number)]
-        if set(self.protocols) - set(self.absent.get(scale, ())) - set(protocols):
+        if set(self.protocols) - set(self.optional) - set(self.absent.get(scale, ())) != set(protocols):
             command += ["--protocol", ",".join(protocols)]
         return Results(
             method=self.method,

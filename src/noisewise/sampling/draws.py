@@ -32,8 +32,9 @@ class Final:
 class Draws:
     """Draws of a sampling run.
 
-    `positions`: [chain, draw, dim]. `stats`: by name, first axis the draw: `log_prob` [draw, chain] of the target (none for a model's kernel), and the
-    kernel's acceptances (mean over chains and the iterations between draws) [draw, level]. `cost`: the bill, warm-up
+    `positions`: [chain, draw, dim]. `stats`: by name, first axis the draw: `log_prob` [draw, chain] of the target (none for
+    a model's kernel), and the kernel's acceptances (mean over chains and the iterations between draws) [draw, level].
+    `cost`: the bill, warm-up
     included. `names`: one per coordinate. `config`: what was asked. `settings` that warm-up found: `final.settings`.
     `warnings`: what the diagnostics said. `interrupted`: stopped by Ctrl-C before the draws asked for.
     `squares`: sum over draws and chains of the squared score per coordinate, then their number, [dim + 1].
