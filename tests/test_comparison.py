@@ -37,10 +37,11 @@ def toy(calls, fail_at=None):
 
 
 def comparison(calls, fail_at=None):
-    def report(results, pictures, path):
-        path.write_text("written")
+    def illustrate(report, results, pictures):
+        report.text("illustrated")
 
-    return Comparison("toys", lambda scale, device: (toy(calls, fail_at),), report, protocols=("A", "B"))
+    problems = (toy(calls, fail_at),)
+    return Comparison("toys", "Toys", "", lambda scale, device: problems, illustrate, protocols=("A", "B"))
 
 
 def test_rows_finished_before_an_interruption_are_kept(tmp_path):
@@ -62,7 +63,9 @@ def test_tuning_takes_the_best_setting_on_its_own_seed_and_says_what_it_tried(tm
     assert "3 settings" in note
     assert "chosen by gap: width 1 (" in note
     assert results.command == "noisewise compare toys --scale cpu --seeds 1 --protocol A"
-    assert (tmp_path / "report.html").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "illustrated" in page
+    assert "toy, 1 seed" in page
 
 
 def test_torch_has_its_threads_back(tmp_path):

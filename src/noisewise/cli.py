@@ -291,9 +291,26 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("runs/demo"),
     as_json: JsonFlag = False,
 ) -> None:
-    """DiGS beside its peers at the smallest scale, on known problems and on a real two-mode posterior; one report."""
-    results = _run_experiment(_find_method("digs"), Scale.QUICK, None, out, None)
-    _show_results(results, out, as_json)
+    """Every method that is ready beside its peers, at the smallest scale; a folder each and one report."""
+    from noisewise.report import Report
+
+    report = Report("noisewise: a demonstration", "each method beside its baselines, at the smallest scale")
+    every = []
+    for method in METHODS:
+        if method.experiment is None:
+            continue
+        folder = out / method.key
+        results = _run_experiment(method, Scale.QUICK, None, folder, None)
+        report.section(method.name, f"You have; you want: {method.purpose}. {method.paper}.")
+        importlib.import_module(method.experiment).COMPARISON.add_to(report, results, folder)
+        report.save(out / "report.html")
+        every.append(results)
+        if not as_json:
+            Console().print(results.table())
+    if as_json:
+        typer.echo(json.dumps([results.to_dict() for results in every], indent=2))
+    else:
+        _show_files(out)
 
 
 def _find_method(key: str) -> Method:
@@ -319,13 +336,20 @@ def _run_experiment(
 
 
 def _show_results(results: Any, folder: Path, as_json: bool) -> None:
-    report = folder / "report.html"
     if as_json:
         typer.echo(json.dumps(results.to_dict(), indent=2))
         return
+    Console().print(results.table())
+    _show_files(folder)
+
+
+def _show_files(folder: Path) -> None:
     console = Console()
-    console.print(results.table())
-    console.print(f"results: {folder / 'results.json'}", soft_wrap=True, highlight=False)
+    results = [folder / "results.json", *sorted(folder.glob("*/results.json"))]
+    for path in results:
+        if path.exists():
+            console.print(f"results: {path}", soft_wrap=True, highlight=False)
+    report = folder / "report.html"
     if report.exists():
         console.print(f"report:  {report.resolve().as_uri()}", soft_wrap=True, highlight=False)
 

@@ -20,6 +20,7 @@ from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError
 from noisewise.files import write_atomically
 from noisewise.metrics.measurement import Measurement
 from noisewise.metrics.results import Results, Row, describe_environment
+from noisewise.report import Report
 from noisewise.typing import Cost, check_count
 
 __all__ = ["TUNING_SEED", "Comparison", "Outcome", "Pictures", "Problem", "System", "tune"]
@@ -82,14 +83,17 @@ class Problem:
 class Comparison:
     """What a method's experiment declares, and the run of it.
 
-    `method`: its key on the command line. `problems(scale, device)`. `report(results, pictures, path)`: writes the page.
+    `method`: its key on the command line. `title`, `subtitle`: of the report. `problems(scale, device)`.
+    `illustrate(report, results, pictures)`: adds sections of figures to a report, where rows kept any `pictures`.
     `protocols`: names of all problems' protocols; `optional`: those that run only when asked for; `absent`: those that a
     scale lacks. `seeds`: by scale.
     """
 
     method: str
+    title: str
+    subtitle: str
     problems: Callable[[str, str], Sequence[Problem]]
-    report: Callable[[Results, Pictures, Path], Any]
+    illustrate: Callable[[Report, Results, Pictures], None]
     protocols: tuple[str, ...]
     optional: tuple[str, ...] = ()
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -132,8 +136,15 @@ class Comparison:
                     absent += _run_problem(problem, chosen, scale, folder, progress)
             results = self._collect(every, scale, folder, device, tuple(dict.fromkeys(absent)))
             results.save(folder / "results.json")
-            self.report(results, _pictures(folder, scale), folder / "report.html")
+            report = Report(self.title, self.subtitle)
+            self.add_to(report.section("Results"), results, folder)
+            report.save(folder / "report.html")
         return results
+
+    def add_to(self, report: Report, results: Results, folder: Path) -> None:
+        """The tables of `results` and the figures of the rows in `folder`, into a report that may hold other methods too."""
+        report.results(results)
+        self.illustrate(report, results, _pictures(folder, results.scale))
 
     def _collect(
         self, every: Sequence[Problem], scale: str, folder: Path, device: str, missing: tuple[str, ...]

@@ -13,7 +13,7 @@ import numpy as np
 from noisewise.errors import InvalidInput, require
 from noisewise.files import write_atomically
 from noisewise.metrics.results import Results
-from noisewise.metrics.tables import LEGEND, cost_cells, problem_tables, value_cell
+from noisewise.metrics.tables import LEGEND, cost_cells, problem_tables, seed_count, value_cell
 from noisewise.plots import acceptance_plot, measurement_plot, mode_weight_plot, scatter_plot, trace_plot
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Report:
             if any(problem.floors):
                 cells = [_cell("floor", "td", False), *(_cell(floor or "–", "td", True) for floor in problem.floors)]
                 body.append('<tr class="floor">' + "".join(cells) + '<td colspan="3"></td></tr>')
-            caption = f"{problem.problem}, {len(problem.seeds)} seeds, differences to {problem.rows[0].against}"
+            caption = f"{problem.problem}, {seed_count(problem)}, differences to {problem.rows[0].against}"
             self._parts.append(_table(caption, head, body))
         notes = [*results.notes, *results.row_notes()]
         if notes:

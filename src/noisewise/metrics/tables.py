@@ -10,7 +10,7 @@ from noisewise.metrics.results import Results, SystemSummary
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["LEGEND", "ProblemTable", "cost_cells", "markdown", "problem_tables", "terminal"]
+__all__ = ["LEGEND", "ProblemTable", "cost_cells", "markdown", "problem_tables", "seed_count", "terminal", "value_cell"]
 
 LEGEND = (
     "Mean over seeds ± its standard error (for one seed, the error of the measurement itself); ↓ lower or ↑ higher is "
@@ -95,7 +95,7 @@ def terminal(results: Results, against: str | None = None) -> "Group":
         for start in range(0, max(len(problem.names), 1), _COLUMNS):
             last = start + _COLUMNS >= len(problem.names)
             shown = slice(start, start + _COLUMNS)
-            title = f"{problem.problem} · {len(problem.seeds)} seeds" if start == 0 else None
+            title = f"{problem.problem} · {seed_count(problem)}" if start == 0 else None
             table = Table(
                 title=title and Text(title, style="bold"), title_justify="left", show_lines=False, pad_edge=False
             )
@@ -153,9 +153,14 @@ def _count(number: float) -> str:
     return f"{number:.3g}".replace("e+0", "e") if number >= 1e5 else f"{number:.0f}"
 
 
+def seed_count(table: ProblemTable) -> str:
+    """`1 seed`, `3 seeds`."""
+    return "1 seed" if len(table.seeds) == 1 else f"{len(table.seeds)} seeds"
+
+
 def _seeds(table: ProblemTable) -> str:
     reference = _escape(table.rows[0].against)
-    return f"{len(table.seeds)} seeds ({_ranges(table.seeds)}); differences are to {reference}."
+    return f"{seed_count(table)} ({_ranges(table.seeds)}); differences are to {reference}."
 
 
 def _ranges(seeds: Sequence[int]) -> str:

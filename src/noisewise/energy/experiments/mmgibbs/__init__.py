@@ -20,11 +20,19 @@ def _problems(scale: str, device: str) -> tuple[Problem, ...]:
     )
 
 
-def _report(*arguments: Any) -> None:
-    from noisewise.energy.experiments.mmgibbs.pictures import write_report
+def _illustrate(*arguments: Any) -> None:
+    from noisewise.energy.experiments.mmgibbs.pictures import illustrate
 
-    write_report(*arguments)
+    illustrate(*arguments)
 
 
-COMPARISON = Comparison("mmgibbs", _problems, _report, protocols=("A", "B", "D", "OFFICIAL"), optional=("OFFICIAL",))
+COMPARISON = Comparison(
+    "mmgibbs",
+    "MM-Gibbs beside its peers",
+    "clean samples from one noisy model; floors are those of fresh data",
+    _problems,
+    _illustrate,
+    protocols=("A", "B", "D", "OFFICIAL"),
+    optional=("OFFICIAL",),
+)
 run = COMPARISON.run

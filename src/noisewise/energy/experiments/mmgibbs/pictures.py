@@ -1,6 +1,5 @@
 """The report of the comparison: tables, distances by system, draws on the toys, digits as pictures."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,15 +13,13 @@ from noisewise.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["images_plot", "scatter_grid", "write_report"]
+__all__ = ["illustrate", "images_plot", "scatter_grid"]
 
 _ROWS, _COLUMNS = 4, 10
 
 
-def write_report(results: Results, pictures: Pictures, path: Path) -> Path:
-    """Write report.html next to results.json. `pictures`: what rows kept for drawing, by problem and system."""
-    report = Report("MM-Gibbs beside its peers", "clean samples from one noisy model; floors are those of fresh data")
-    report.section("Results").results(results)
+def illustrate(report: Report, results: Results, pictures: Pictures) -> None:
+    """Add the figures. `pictures`: what rows kept for drawing, by problem and system."""
     for problem in results.problems:
         report.section(problem)
         for name in results.measurement_names(problem)[:1]:
@@ -35,7 +32,6 @@ def write_report(results: Results, pictures: Pictures, path: Path) -> Path:
                 report.figure(images_plot(torch.tensor(draws)), f"{system}: the last states of forty chains")
         else:
             report.figure(scatter_grid(drawn), f"{problem}: the last states of the chains")
-    return report.save(path)
 
 
 def scatter_grid(drawn: dict[str, list[list[float]]]) -> "Figure":

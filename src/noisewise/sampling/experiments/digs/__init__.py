@@ -19,11 +19,19 @@ def _problems(scale: str, device: str) -> tuple[Problem, ...]:
     return (*problems, real_posterior(scale, device))
 
 
-def _report(*arguments: Any) -> None:
-    from noisewise.sampling.experiments.digs.pictures import write_report
+def _illustrate(*arguments: Any) -> None:
+    from noisewise.sampling.experiments.digs.pictures import illustrate
 
-    write_report(*arguments)
+    illustrate(*arguments)
 
 
-COMPARISON = Comparison("digs", _problems, _report, protocols=("A", "B", "C", "D"), absent={"quick": ("C",)})
+COMPARISON = Comparison(
+    "digs",
+    "DiGS beside its peers",
+    "equal gradient calls, warm-up included; floors are those of exact samplers",
+    _problems,
+    _illustrate,
+    protocols=("A", "B", "C", "D"),
+    absent={"quick": ("C",)},
+)
 run = COMPARISON.run

@@ -1,7 +1,6 @@
 """The report of the comparison: tables, measurements, draws on GMM-40, mode weights, the dimension sweep, acceptances."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from noisewise.targets.gaussian_mixture import gmm40
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["sweep_plot", "write_report"]
+__all__ = ["illustrate", "sweep_plot"]
 
 _SHOWN = ("noisewise.sample (FittedDiGS)", "DiGS (published: a=.1, L=5, h=.1)", "PT (tuned)", "HMC")
 _PLOTTED = {
@@ -27,12 +26,8 @@ _PLOTTED = {
 _SWEPT = ("|w - .7|", "label ESS")
 
 
-def write_report(results: Results, pictures: Pictures, path: Path) -> Path:
-    """Write report.html next to results.json. `pictures`: what rows kept for drawing, by problem and system."""
-    report = Report(
-        "DiGS beside its peers", "equal gradient calls, warm-up included; floors are those of exact samplers"
-    )
-    report.section("Results").results(results)
+def illustrate(report: Report, results: Results, pictures: Pictures) -> None:
+    """Add the figures. `pictures`: what rows kept for drawing, by problem and system."""
     for problem, names in _PLOTTED.items():
         if problem in results.problems:
             report.section(problem)
@@ -46,7 +41,6 @@ def write_report(results: Results, pictures: Pictures, path: Path) -> Path:
         for name in _SWEPT:
             report.figure(sweep_plot(results, name), f"{name} against dimension; mean ± standard error over seeds")
         _acceptances(report, pictures)
-    return report.save(path)
 
 
 def _forty_modes(report: Report, pictures: Pictures) -> None:
