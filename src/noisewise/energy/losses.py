@@ -18,6 +18,8 @@ from noisewise.noise import Corruption
 
 __all__ = [
     "MAX_EXACT_DIM",
+    "as_energy",
+    "bridge_score_matching",
     "check_beta",
     "check_trace",
     "dsm_loss",
@@ -86,6 +88,23 @@ def mixture_fisher_loss(
     drawn = reference_rows(m, x, beta, generator)
     terms = _hyvarinen(energy, torch.cat([x, drawn]), trace, generator)
     return check_beta(beta) * terms[: len(x)].mean() + (1 - beta) * terms[len(x) :].mean()
+
+
+def bridge_score_matching(
+    reference: Reference, beta: float | int, trace: str
+) -> Callable[[Any, Tensor, torch.Generator], Tensor]:
+    """The loss of the bridge's own energy: score matching on data rows and fresh reference draws, weighted exactly.
+
+    For `fit_energy`; the energy needs no normaliser, and is that of beta p + (1 - beta) m.
+    """
+    share = check_beta(beta)
+
+    def loss(energy: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = reference_rows(reference, x, share, generator)
+        terms = _hyvarinen(as_energy(energy), torch.cat([x, drawn]), trace, generator)
+        return share * terms[: len(x)].mean() + (1 - share) * terms[len(x) :].mean()
+
+    return loss
 
 
 def mixture_log_prob(

@@ -335,10 +335,10 @@ def _gentle_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def check_rows(data: Float[Tensor, "row *event"]) -> None:
-    """Raise `InvalidInput` unless there are two rows or more, all finite; the first rows that are not are named."""
-    if data.ndim < 2 or len(data) < 2:
-        raise InvalidInput(f"data must be [row, dim] with at least 2 rows, got shape {tuple(data.shape)}")
+def check_rows(data: Float[Tensor, "row *event"], least: int = 2) -> None:
+    """Raise `InvalidInput` unless there are `least` rows or more, all finite; the first rows that are not are named."""
+    if data.ndim < 2 or len(data) < least or not data[:1].numel():
+        raise InvalidInput(f"data must be [row, dim] with at least {least} rows, got shape {tuple(data.shape)}")
     bad = (~torch.isfinite(data).flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
