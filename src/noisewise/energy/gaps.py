@@ -11,9 +11,11 @@ from torch import Tensor
 __all__ = ["Clusters", "Gap", "find_clusters", "find_gaps"]
 
 # rows that are compared with each other, and the least share of them that counts as a cluster
-_ROWS, _LEAST_SHARE = 1500, 0.01
-# rows are neighbours within the distance that this share of rows has to its third-nearest row
-_LINKED_SHARE, _NEIGHBOUR = 0.9, 3
+_ROWS, _LEAST_SHARE = 1500, 0.02
+# rows are neighbours within the distance that this share of rows has to its fifth-nearest row
+_LINKED_SHARE, _NEIGHBOUR = 0.98, 5
+# clusters closer than this many linking distances are joined by their own scattered rows
+_ISOLATED = 2.0
 # a point lies in a gap when the way over it is at most this much longer than the gap
 _DETOUR = 1.5
 
@@ -46,7 +48,7 @@ class Clusters:
 
 
 def find_clusters(data: Float[Tensor, "row dim"], generator: torch.Generator) -> Clusters:
-    """Groups of rows that single linkage connects; scattered rows, below 1 % of all, are left out."""
+    """Groups of rows that single linkage connects; scattered rows, below 2 % of all, are left out."""
     order = torch.randperm(len(data), generator=generator, device=data.device)[:_ROWS]
     rows = data[order].double()
     distance = torch.cdist(rows, rows)
@@ -69,7 +71,7 @@ def find_clusters(data: Float[Tensor, "row dim"], generator: torch.Generator) ->
 def find_gaps(
     clusters: Clusters, draw: Callable[[int], Float[Tensor, "drawn dim"]], reference_points: float
 ) -> list[Gap]:
-    """The gaps along the shortest tree that joins all clusters.
+    """The gaps along the shortest tree that joins all clusters; those that scattered rows cross are left out.
 
     `draw(n)`: draws of the reference; `reference_points`: how many of them the bridge sample holds.
     """
@@ -83,6 +85,8 @@ def find_gaps(
     while len(joined) < len(groups):
         pair = min((p for p in width if (p[0] in joined) != (p[1] in joined)), key=width.__getitem__)
         joined |= set(pair)
+        if width[pair] < _ISOLATED * clusters.reach:
+            continue
         near, far = to_group[pair[0]], to_group[pair[1]]
         between = (near + far <= _DETOUR * width[pair]) & (
             torch.minimum(near, far) > min(clusters.reach, width[pair] / 4)

@@ -72,7 +72,7 @@ def load(cls: Any, folder: str | Path, energy: nn.Module | None, reference: Any)
         made.gaps_ = [Gap(*gap) for gap in config["gaps"]]
         made.history_, made.best_step_ = config["history"], config["best_step"]
         made.cost_, made.warnings_, made.interrupted_ = Cost(**config["cost"]), tuple(config["warnings"]), False
-        bridge = Bridged(whole, m, made.beta, LogNormalizer(**config["normalizer"]), made.floor, config["total"])
+        bridge = Bridged(whole, m, made.beta, LogNormalizer(**config["normalizer"]), float(made.floor), config["total"])
         made._set_fitted(bridge, *config["negative_mass"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise RunFolderError(f"{folder} does not fit this version of {_NAME}: {error!r}") from error

@@ -27,6 +27,7 @@ __all__ = [
     "mixture_log_prob",
     "reference_rows",
     "score_matching_loss",
+    "score_matching_terms",
 ]
 
 # the exact trace costs one more backward pass per coordinate
@@ -61,7 +62,25 @@ def score_matching_loss(
     coordinates) or "sliced" (one random sign vector per row, which needs `generator`).
     Raises `InvalidInput` for another trace, too many coordinates, or a missing generator.
     """
-    return _hyvarinen(as_energy(log_density_or_energy), x, trace, generator).mean()
+    return score_matching_terms(as_energy(log_density_or_energy), x, trace, generator).mean()
+
+
+def score_matching_terms(
+    energy: Callable[[Tensor], Tensor], x: Float[Tensor, "batch dim"], trace: str, generator: torch.Generator | None
+) -> Float[Tensor, " batch"]:
+    """|s|^2 / 2 + tr ds/dx of each row, whose mean is `score_matching_loss`; arguments as there, `energy` being one."""
+    check_trace(trace, x.shape[1])
+    leaf = x if x.requires_grad else x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        score = score_of(energy, leaf)
+        square = score.square().sum(1) / 2
+        if trace == "sliced":
+            if generator is None:
+                raise InvalidInput('trace="sliced" draws random directions: give a generator')
+            # signs have the least variance of all directions with unit covariance
+            signs = torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x) * 2 - 1
+            return square + (_derivative((score * signs).sum(), leaf) * signs).sum(1)
+        return square + sum(_derivative(score[:, i].sum(), leaf)[:, i] for i in range(x.shape[1]))
 
 
 def mixture_fisher_loss(
@@ -86,7 +105,7 @@ def mixture_fisher_loss(
         return -mixture_log_prob(log_q(point), m.log_prob(point), beta)
 
     drawn = reference_rows(m, x, beta, generator)
-    terms = _hyvarinen(energy, torch.cat([x, drawn]), trace, generator)
+    terms = score_matching_terms(energy, torch.cat([x, drawn]), trace, generator)
     return check_beta(beta) * terms[: len(x)].mean() + (1 - beta) * terms[len(x) :].mean()
 
 
@@ -101,7 +120,7 @@ def bridge_score_matching(
 
     def loss(energy: Any, x: Tensor, generator: torch.Generator) -> Tensor:
         drawn = reference_rows(reference, x, share, generator)
-        terms = _hyvarinen(as_energy(energy), torch.cat([x, drawn]), trace, generator)
+        terms = score_matching_terms(as_energy(energy), torch.cat([x, drawn]), trace, generator)
         return share * terms[: len(x)].mean() + (1 - share) * terms[len(x) :].mean()
 
     return loss
@@ -152,24 +171,6 @@ def as_energy(obj: Any) -> Callable[[Tensor], Tensor]:
     if not callable(obj):
         raise InvalidInput(f"an energy is an EnergyNet or a callable [batch, dim] -> [batch], got {type(obj).__name__}")
     return obj
-
-
-def _hyvarinen(
-    energy: Callable[[Tensor], Tensor], x: Float[Tensor, "batch dim"], trace: str, generator: torch.Generator | None
-) -> Float[Tensor, " batch"]:
-    """|s|^2 / 2 + tr ds/dx for each row."""
-    check_trace(trace, x.shape[1])
-    leaf = x if x.requires_grad else x.detach().requires_grad_(True)
-    with torch.enable_grad():
-        score = score_of(energy, leaf)
-        square = score.square().sum(1) / 2
-        if trace == "sliced":
-            if generator is None:
-                raise InvalidInput('trace="sliced" draws random directions: give a generator')
-            # signs have the least variance of all directions with unit covariance
-            signs = torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x) * 2 - 1
-            return square + (_derivative((score * signs).sum(), leaf) * signs).sum(1)
-        return square + sum(_derivative(score[:, i].sum(), leaf)[:, i] for i in range(x.shape[1]))
 
 
 def _derivative(value: Tensor, leaf: Tensor) -> Tensor:

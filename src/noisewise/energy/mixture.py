@@ -38,7 +38,7 @@ __all__ = ["Blindness", "MixtureScoreMatching"]
 
 # draws of the reference behind normaliser, masses and weights
 _DRAWS = 100_000
-_REPLICATES = 200
+_REPLICATES = 100
 # below or above these a result stands on weak ground
 _GAP_POINTS, _EFFECTIVE, _NEGATIVE = 50, 100, 0.01
 _CHAINS = 100
@@ -74,7 +74,7 @@ class MixtureScoreMatching:
 
     def __init__(
         self,
-        energy: nn.Module | None = None,
+        energy: Any = None,
         reference: Any = "gaussian",
         beta: float | int = 0.8,
         *,
@@ -86,7 +86,7 @@ class MixtureScoreMatching:
         floor: float | int = 1e-3,
         hidden: int = 64,
         depth: int = 3,
-        steps: int = 2000,
+        steps: int = 1500,
         batch_size: int = 256,
         learning_rate: float | int = 3e-3,
         weight_decay: float | int = 0.0,
@@ -306,7 +306,7 @@ class MixtureScoreMatching:
         """Probability of each part of space under the fitted density, with bootstrap errors.
 
         `partition`: centres on the scale of the data (a point belongs to the nearest), a callable [n, dim] -> [n] of labels
-        from 0, or None for the clusters that `fit` found. By importance weights of 50,000 draws of the reference; the errors
+        from 0, or None for the clusters that `fit` found. By importance weights of 100,000 draws of the reference; the errors
         resample these draws and the normaliser, and do not include how the fit varies with the data: see `blindness_check`.
         """
         bridge = self.bridged
@@ -367,11 +367,7 @@ class MixtureScoreMatching:
             f"MixtureScoreMatching: {len(self.mean_)} columns, beta {self.beta:g}, weights of step {self.best_step_} "
             f"of {self.steps}",
             f"clusters of the data: {self.clusters_.number}"
-            + (
-                "; one connected cloud, on which plain score matching does as well"
-                if self.clusters_.number == 1
-                else ""
-            ),
+            + ("; no gap found, so plain score matching may do as well" if self.clusters_.number == 1 else ""),
             *(
                 f"gap {gap.first}-{gap.second}: {gap.width:.3g} wide (standardised), {gap.points:.0f} reference points"
                 for gap in self.gaps_

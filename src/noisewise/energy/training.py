@@ -373,7 +373,7 @@ def _prepared(net: Any, data: Tensor) -> Tensor:
     return (data if first is None else data.to(first)).detach()
 
 
-def _share(name: str, value: object, below: float) -> float:
+def _share(name: str, value: object, below: float | int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
         limit = "at least 0" if math.isinf(below) else f"in [0, {below:g})"
         raise InvalidInput(f"{name} must be {limit}, got {value!r}")
