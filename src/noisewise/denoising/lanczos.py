@@ -133,14 +133,11 @@ class KrylovCovariance:
         self._tolerance = math.sqrt(torch.finfo(like.dtype).eps) if tolerance is None else tolerance
         # the covariance is scale * clamp(S) + shift
         self._scale, self._shift = then
-        self._clipped: Tensor | None = None
+        self._clipped = torch.zeros(len(like), dtype=torch.long, device=like.device)
 
     @property
     def clipped(self) -> Int[Tensor, " batch"]:
-        """Negative Ritz values of each state in the latest draw, `logdet` or `mahalanobis`; before any, of one probe."""
-        if self._clipped is None:
-            self._spectrum(rademacher(self._like, self._generator))
-        assert self._clipped is not None
+        """Negative Ritz values of each state in the latest draw, `logdet` or `mahalanobis`; 0 before any."""
         return self._clipped
 
     def matvec(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
