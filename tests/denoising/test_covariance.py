@@ -156,6 +156,14 @@ def test_lanczos_ends_where_its_residual_says_so():
     assert covariance._product.calls <= 4
 
 
+def test_distances_are_ruled_by_small_eigenvalues_that_a_draw_need_not_resolve():
+    values = torch.logspace(-6, 0, 12, dtype=torch.float64).unsqueeze(0)
+    matrix = with_spectrum(values)
+    v = torch.randn((1, 12), dtype=torch.float64, generator=seeded(8))
+    exact = (v * torch.linalg.solve(matrix, v)).sum(-1)
+    torch.testing.assert_close(krylov(matrix, 12, tolerance=0.1).mahalanobis(v), exact, rtol=1e-6, atol=0)
+
+
 def test_the_basis_stays_orthogonal_where_plain_lanczos_loses_it():
     # one dominant eigenvalue converges at once, after which the three-term recurrence alone brings it back
     values = torch.cat([torch.linspace(0.001, 1, 79, dtype=torch.float64), torch.tensor([1e4], dtype=torch.float64)])

@@ -389,3 +389,16 @@ def test_arguments_that_do_not_fit_are_refused():
         gaussian_posterior(Score(lambda x: -x.detach()), x_t, corruption)
     with pytest.raises(InvalidInput, match="isotropic variance comes out as -"):
         isotropic_variance(Score(lambda x: -9 * x), torch.randn((50, 2), generator=seeded()), corruption, seeded())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "hutchinson", "krylov", "none"])
+def test_a_gpu_gives_what_the_cpu_gives(covariance):
+    corruption, net = Corruption(0.6, 0.8), Net(3, torch.tanh)
+    x_t = torch.randn((5, 3), dtype=torch.float64, generator=seeded(12))
+    here = gaussian_posterior(Energy(net), x_t, corruption, covariance)
+    there = gaussian_posterior(Energy(net.cuda()), x_t.cuda(), corruption, covariance)
+    torch.testing.assert_close(there.mean.cpu(), here.mean)
+    if covariance != "hutchinson":  # whose signs differ between devices
+        torch.testing.assert_close(there.covariance.dense().cpu(), here.covariance.dense())
+    assert there.sample(torch.Generator("cuda").manual_seed(0)).device.type == "cuda"
