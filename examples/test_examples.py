@@ -3,6 +3,7 @@
 import first_run
 import own_density
 import posterior
+import posterior_uncertainty
 import pytest
 import torch
 
@@ -39,3 +40,12 @@ def test_the_posterior_agrees_with_its_reference():
     se = ours.std(0) / len(ours) ** 0.5
     assert ((ours.mean(0) - exact).abs() < 4 * se).all()
     assert (se[:2] < 0.2).all()
+
+
+def test_the_error_bars_of_digits_are_right_and_knowing_correlations_pays():
+    found = posterior_uncertainty.main(rows=200)
+    for row in found.values():
+        assert row.ratio == pytest.approx(1, abs=0.15)
+    assert found["full"].log_prob > found["diagonal"].log_prob + 0.05 > found["isotropic"].log_prob + 0.1
+    # noise of .3 in, and less than half of its power left
+    assert found["full"].error < 0.5 * 0.3**2

@@ -111,7 +111,8 @@ class KrylovCovariance:
     A draw is S^(1/2) z by `rank` products, exact when S has at most `rank` distinct eigenvalues and close when its spectrum
     is smooth; `mahalanobis` takes as many, `logdet` `probes` times as many (stochastic Lanczos quadrature), `diag`
     `probes` (Hutchinson). Negative Ritz values are clamped and counted: `clipped` is that of the latest such call.
-    Probes come from `generator`. `tolerance`: where the process may end early, by default the root of the rounding unit.
+    Probes come from `generator`. `tolerance`: relative residual at which a draw takes no more products, by default the root
+    of the rounding unit.
     `matvec` and `dense` are S as it is, not clamped.
     """
 
@@ -133,14 +134,11 @@ class KrylovCovariance:
         self._tolerance = math.sqrt(torch.finfo(like.dtype).eps) if tolerance is None else tolerance
         # the covariance is scale * clamp(S) + shift
         self._scale, self._shift = then
-        self._clipped: Tensor | None = None
+        self._clipped = torch.zeros(len(like), dtype=torch.long, device=like.device)
 
     @property
     def clipped(self) -> Int[Tensor, " batch"]:
-        """Negative Ritz values of each state in the latest draw, `logdet` or `mahalanobis`; before any, of one probe."""
-        if self._clipped is None:
-            self._spectrum(rademacher(self._like, self._generator))
-        assert self._clipped is not None
+        """Negative Ritz values of each state in the latest draw, `logdet` or `mahalanobis`; 0 before any."""
         return self._clipped
 
     def matvec(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
@@ -149,7 +147,7 @@ class KrylovCovariance:
 
     def sample(self, generator: torch.Generator) -> Float[Tensor, "batch dim"]:
         """One draw of N(0, S) for each state."""
-        space, values = self._spectrum(standard_normal(self._like, generator))
+        space, values = self._spectrum(standard_normal(self._like, generator), self._tolerance)
         return space.apply(values.sqrt())
 
     def diag(self) -> Float[Tensor, "batch dim"]:
@@ -164,7 +162,7 @@ class KrylovCovariance:
         """log det S, estimated by probes."""
         total = self._like.new_zeros(len(self._like))
         for _ in range(self._probes):
-            space, values = self._spectrum(rademacher(self._like, self._generator))
+            space, values = self._spectrum(rademacher(self._like, self._generator), 0.0)
             total = total + space.quadratic(values.log())
         return total / self._probes
 
@@ -181,7 +179,7 @@ class KrylovCovariance:
 
     def mahalanobis(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
         """v^T S^-1 v by Gauss quadrature."""
-        space, values = self._spectrum(v)
+        space, values = self._spectrum(v, 0.0)
         return space.quadratic(1 / values)
 
     def corrupted(self, corruption: Corruption) -> "KrylovCovariance":
@@ -191,9 +189,12 @@ class KrylovCovariance:
             self._product, self._like, self._generator, self._rank, self._probes, self._tolerance, then
         )
 
-    def _spectrum(self, start: Tensor) -> tuple[Tridiagonal, Float[Tensor, "batch step"]]:
-        """Lanczos from `start`, and the eigenvalues after clamping."""
-        space = lanczos(self._product, start, self._rank, self._tolerance)
+    def _spectrum(self, start: Tensor, tolerance: float) -> tuple[Tridiagonal, Float[Tensor, "batch step"]]:
+        """Lanczos from `start`, and the eigenvalues after clamping.
+
+        The residual is that of the root; logarithms and inverses, which small eigenvalues rule, take every step.
+        """
+        space = lanczos(self._product, start, self._rank, tolerance)
         values, self._clipped = clamped(space.ritz)
         return space, self._scale * values + self._shift
 

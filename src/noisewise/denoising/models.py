@@ -5,7 +5,6 @@ Efron, JASA 106, 2011).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ class Energy:
     Raises `InvalidInput` for outputs of the wrong shape and for a value without a gradient.
     """
 
-    fn: Callable[..., Any]
+    fn: Any
     corruption: Corruption | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +77,7 @@ class Score:
     `corruption`: as for `Energy`. Raises `InvalidInput` for outputs of the wrong shape.
     """
 
-    fn: Callable[..., Any]
+    fn: Any
     corruption: Corruption | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +103,7 @@ class Denoiser:
     Source of v: Salimans & Ho, ICLR 2022, appendix D.
     """
 
-    fn: Callable[..., Any]
+    fn: Any
     prediction: str = "x0"
     corruption: Corruption | None = None
 
