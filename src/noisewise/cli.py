@@ -77,6 +77,7 @@ METHODS = (
         "energy",
         "clustered data; an energy model with right mode weights",
         "Zhang et al., NeurIPS 2022 workshop, arXiv 2209.07396",
+        "noisewise.energy.experiments.mfd",
     ),
     Method(
         "ocm",

@@ -1,0 +1,140 @@
+"""One small energy network, fitted by each of the losses that an expert would ask for; all share reference and scale."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noisewise.comparison import System
+from noisewise.energy.bridged import ResidualEnergy
+from noisewise.energy.losses import mixture_log_prob, score_matching_loss
+from noisewise.energy.mixture import MixtureScoreMatching
+from noisewise.energy.network import EnergyNet
+from noisewise.energy.reference import gaussian_reference
+from noisewise.energy.training import fit_energy
+from noisewise.noise import Corruption
+from noisewise.typing import Cost
+
+__all__ = ["Density", "density_systems"]
+
+_DECAYS = tuple({"weight_decay": decay} for decay in (0.0, 1e-2, 1e-1))
+_BATCH, _RATE, _CLIP = 256, 3e-3, 10.0
+
+Loss = Callable[[Any, Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Density:
+    """What a fit gives: an unnormalised log density on the scale of the data, its bill, and its negative mass if any."""
+
+    log_density: Callable[[Tensor], Tensor]
+    cost: Cost
+    negative: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def density_systems(
+    data: Callable[[int], Tensor],
+    hidden: int,
+    wrap: Callable[[Density, int], Any],
+    mode_width: float,
+    likelihood: Callable[[Tensor, Tensor], tuple[Tensor, float]] | None,
+    one_stage: bool = True,
+) -> tuple[System, ...]:
+    """The systems; the budget of each is its number of training steps, weight decay is tuned.
+
+    `wrap(density, seed)` makes the outcome. `mode_width`: deviation of a mode in units of the data, for the noise levels of
+    DSM. `likelihood(mean, scale)`: quadrature nodes on the standardised scale and their volume, where a grid exists.
+    """
+
+    def of(loss_of: Callable[[Any, Tensor], Loss | str], corruption: float | None = None) -> Callable[..., Any]:
+        def draw(budget: float, seed: int, weight_decay: float) -> Any:
+            x = data(seed)
+            mean, scale = x.mean(0), x.std(0)
+            z = (x - mean) / scale
+            reference = gaussian_reference(z)
+            net = ResidualEnergy(EnergyNet(x.shape[1], hidden=hidden, seed=seed), reference)
+            # the noise is one number on the standardised scale
+            noise = None if corruption is None else Corruption(1.0, corruption * mode_width / float(scale.mean()))
+            fit = fit_energy(
+                net, z, loss_of(reference, torch.stack([mean, scale])), noise, steps=int(budget), batch_size=_BATCH,
+                learning_rate=_RATE, weight_decay=weight_decay, clip=_CLIP, seed=seed,
+            )  # fmt: skip
+            return wrap(Density(lambda point: -_energy(net, (point - mean) / scale), fit.cost), seed)
+
+        return draw
+
+    def mfd(beta: float) -> Callable[..., Any]:
+        def draw(budget: float, seed: int, weight_decay: float) -> Any:
+            model = MixtureScoreMatching(
+                beta=beta, hidden=hidden, steps=int(budget), batch_size=_BATCH, learning_rate=_RATE,
+                weight_decay=weight_decay, clip=_CLIP, seed=seed,
+            ).fit(data(seed))  # fmt: skip
+            density = Density(model.score_samples, model.cost_, model.negative_mass_, tuple(model.warnings_))
+            return wrap(density, seed)
+
+        return draw
+
+    systems = [
+        System("MFD, beta .8", mfd(0.8), _DECAYS),
+        System("MFD, beta .95", mfd(0.95), _DECAYS),
+        System("FD", of(lambda m, scale: "sm"), _DECAYS),
+        System("FD, sliced", of(lambda m, scale: _sliced), _DECAYS),
+        *(
+            System(f"DSM, {share:g} mode widths", of(lambda m, scale: "dsm", share), _DECAYS)
+            for share in (0.1, 0.3, 1.0)
+        ),
+        System("NCE with the same m", of(lambda m, scale: _contrastive(m)), _DECAYS),
+    ]
+    if one_stage:
+        systems.insert(2, System("MFD in one stage, beta .8", of(lambda m, scale: _one_stage(m)), _DECAYS))
+    if likelihood is not None:
+        systems.append(
+            System("maximum likelihood by quadrature", of(lambda m, scale: _likelihood(*likelihood(*scale))), _DECAYS)
+        )
+    return tuple(systems)
+
+
+def _energy(net: nn.Module, z: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(z)
+
+
+def _sliced(energy: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    return score_matching_loss(energy, x, "sliced", generator)
+
+
+def _contrastive(reference: Any) -> Loss:
+    """Tell data from draws of m by the log ratio -f - log m, its constant learned with the rest."""
+
+    def loss(energy: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = reference.sample(len(x), generator).to(x)
+        logits = [-energy(point) - reference.log_prob(point) for point in (x, drawn)]
+        return nn.functional.softplus(-logits[0]).mean() + nn.functional.softplus(logits[1]).mean()
+
+    return loss
+
+
+def _one_stage(reference: Any, beta: float = 0.8) -> Loss:
+    """Score matching of log(beta r + (1 - beta) m) with log r = -f: positive by construction, its constant learned."""
+
+    def loss(energy: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = reference.sample(max(1, round(len(x) * (1 - beta) / beta)), generator).to(x)
+
+        def bridge(point: Tensor) -> Tensor:
+            return -mixture_log_prob(-energy(point), reference.log_prob(point), beta)
+
+        at_data, at_reference = score_matching_loss(bridge, x), score_matching_loss(bridge, drawn)
+        return beta * at_data + (1 - beta) * at_reference
+
+    return loss
+
+
+def _likelihood(nodes: Tensor, volume: float) -> Loss:
+    def loss(energy: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+        return energy(x).mean() + (-energy(nodes)).logsumexp(0) + math.log(volume)
+
+    return loss
