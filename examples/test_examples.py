@@ -33,7 +33,7 @@ def test_on_the_own_density_plain_digs_warns_and_the_default_is_right():
 
 
 def test_the_posterior_agrees_with_its_reference():
-    draws = posterior.main(budget=1e5)
+    draws = posterior.main(budget=2e5)
     target = posteriordb_mixture()
     exact = target.constrain(target.reference(10_000)).mean(0)
     ours = target.constrain(draws.positions.double()).mean(1)

@@ -15,7 +15,7 @@ def test_quick_scale_fills_every_row_within_budget_and_a_second_call_runs_nothin
     first = run("quick", out=tmp_path, progress=False)
     rows = {(row.problem, row.system): row for row in first.rows}
     assert [len(first.systems(problem)) for problem in first.problems] == [4, 3, 2]
-    budgets = {"GMM-40": 1e5, "two modes, d=10": 1.5e5, "posteriordb mixture": 3e4}
+    budgets = {"GMM-40": 1e5, "two modes, d=10": 1.5e5, "posteriordb mixture": 2e5}
     for (problem, _), row in rows.items():
         # the loop stops before it would exceed the budget, and within one iteration of it
         assert 0.9 * budgets[problem] < row.cost.gradients <= budgets[problem]

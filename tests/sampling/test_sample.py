@@ -1,19 +1,18 @@
 """The loop: one seed one result, resumed equals uninterrupted, killed equals unharmed, and an exact bill."""
 
-import _thread
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import pytest
 import torch
 from every_kernel import EVERY, Counting, seeded
 
+import noisewise.sampling.run as loop_module
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 from noisewise.noise import Corruption
 from noisewise.sampling import HMC, MALA, Budget, DiGS, Draws, FittedDiGS, ParallelTempering, TemperedSMC, sample
@@ -129,12 +128,32 @@ def test_a_run_whose_budget_leaves_no_draw_says_so():
     assert draws.positions.shape == (8, 0, 2)
 
 
-def test_seconds_are_a_budget_too():
-    began = time.monotonic()
-    draws = sample(MALA(TARGET), chains=4, budget=Budget(seconds=1.0), progress=False)
-    assert time.monotonic() - began < 5
-    assert draws.positions.shape[1] > 10
-    assert draws.cost.seconds == pytest.approx(1.0, abs=0.9)
+class Ticking(Counting):
+    """A target and a clock: every batched call takes a hundredth of a second."""
+
+    def __init__(self, target):
+        super().__init__(target)
+        self.now = 0.0
+
+    def log_prob_and_score(self, x):
+        self.now += 0.01
+        return super().log_prob_and_score(x)
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.mark.parametrize("name", ["MALA", "MALA adapting", "PT adapting", "fitted adapting"])
+def test_seconds_are_a_budget_too(name, monkeypatch, shapes_unchecked):
+    target = Ticking(TARGET)
+    monkeypatch.setattr("noisewise.sampling.run.time", target)
+    draws = sample(ALL[name](target), chains=4, budget=Budget(seconds=20.0), progress=False)
+    # the iteration that crosses the limit is finished, and the first call is made before the clock runs
+    assert 20.0 - 1.0 < target.now < 20.0 + 1.0
+    assert draws.cost.seconds == pytest.approx(target.now, abs=0.1)
+    assert draws.positions.shape[1] > 100
 
 
 def test_draws_and_budget_together_stop_at_the_first():
@@ -259,35 +278,53 @@ def test_an_interrupt_in_warm_up_returns_no_draws_and_the_folder_goes_on(tmp_pat
     assert_identical(run(kernel, 6, checkpoint=tmp_path / "run"), whole)
 
 
-def test_interrupts_at_any_moment_lose_nothing_and_repeat_nothing(shapes_unchecked):
-    # a signal may come between any two lines of the loop: forty random moments, each resumed and compared
-    kernel = MALA(TARGET, step_size=0.2)
-    total, moments = 150, torch.rand(40, generator=seeded(0)).tolist()
-    began = time.monotonic()
-    whole = run(kernel, total)
-    took = time.monotonic() - began
+def interrupted_at(line, work):
+    """Run `work`, raising KeyboardInterrupt before the `line`-th line that the module of the loop executes."""
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if frame.f_code.co_filename != loop_module.__file__:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return work(), seen
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_interrupts_at_any_moment_lose_nothing_and_repeat_nothing(stored, tmp_path, monkeypatch, shapes_unchecked):
+    # a signal may come between any two lines of the loop: many random lines, each run resumed and compared
+    monkeypatch.setattr(loop_module, "_CHECKPOINT_SECONDS", 0.0)
+    kernel, total = MALA(TARGET, step_size=0.2), 12
+    whole, lines = interrupted_at(-1, lambda: run(kernel, total, checkpoint=tmp_path / "whole" if stored else None))
+    moments = torch.randint(lines, (60 if stored else 150,), generator=seeded(0)).tolist()
     seen = 0
     for moment in moments:
-        timer = threading.Timer(took * moment, _thread.interrupt_main)
-        timer.start()
+        folder = tmp_path / f"{moment}" if stored else None
         try:
-            stopped = run(kernel, total)
+            stopped, _ = interrupted_at(moment, lambda folder=folder: run(kernel, total, checkpoint=folder))
         except KeyboardInterrupt:
-            continue  # before the first draw or after the last: nothing to return
-        finally:
-            try:
-                timer.cancel()
-                timer.join()
-                time.sleep(0.001)
-            except KeyboardInterrupt:
-                pass
-        made = stopped.positions.shape[1]
-        assert all(len(value) == made for value in stopped.stats.values())
-        assert torch.equal(stopped.positions, whole.positions[:, :made])
-        if stopped.interrupted and 0 < made < total:
-            seen += 1
-            assert_identical(stopped.resume(kernel, total - made, progress=False), whole)
-    assert seen >= 10
+            stopped = None  # before the loop or after it: nothing is returned, but nothing stored is lost
+        if stopped is not None:
+            made = stopped.positions.shape[1]
+            seen += stopped.interrupted and 0 < made < total
+            assert all(len(value) == made for value in stopped.stats.values())
+            assert torch.equal(stopped.positions, whole.positions[:, :made])
+            if 0 < made < total and not stored:
+                assert_identical(stopped.resume(kernel, total - made, progress=False), whole)
+        if stored:
+            assert_identical(run(kernel, total, checkpoint=folder), whole)
+    assert seen >= 20
 
 
 # --- other processes

@@ -92,7 +92,10 @@ def test_a_step_keeps_the_effective_share_that_was_asked_for():
 
 def test_an_annealing_cut_short_says_so():
     target = GaussianMixture(torch.full((1, 10), 20.0), 0.01)
-    with pytest.warns(NoisewiseWarning, match="reached beta = .*not 1"):
+    with (
+        pytest.warns(NoisewiseWarning, match="reached beta = .*not 1"),
+        pytest.warns(NoisewiseWarning, match="there are no draws"),
+    ):
         run = sample(TemperedSMC(target, mean=0.0, scale=1.0), chains=20, budget=20 * 100, progress=False)
     assert float(run.final.state["beta"]) < 1
     assert run.cost.gradients <= 2000
