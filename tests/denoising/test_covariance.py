@@ -236,6 +236,18 @@ def test_negative_eigenvalues_are_clamped_and_counted_by_state():
         assert bool(torch.isfinite(member.corrupted(Corruption(1.0, 0.1)).logdet()).all())
 
 
+def test_a_mostly_negative_matrix_keeps_what_is_positive():
+    # the first Rayleigh quotient of nearly every start is negative here, or zero
+    for values in ([-4.0, -3.0, -2.0, 1.0], [-1.0, -1.0, 1.0, 1.0]):
+        matrix = with_spectrum(torch.tensor([values], dtype=torch.float64))
+        z = torch.randn((1, 4), dtype=torch.float64, generator=seeded(4))
+        exact = (root(matrix) @ z.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(krylov(matrix, 4).sample(seeded(4)), exact)
+    swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
+    space = lanczos(Product(swap), torch.tensor([[1.0, 0.0]], dtype=torch.float64), 2, 1e-8)
+    torch.testing.assert_close(space.apply(space.ritz.clamp(min=0).sqrt()), torch.full((1, 2), 0.5).double())
+
+
 def test_rounding_below_zero_is_not_counted():
     v = torch.randn((20, 6, 2), generator=seeded(7))
     assert int(FullCovariance(v @ v.mT).clipped.sum()) == 0  # rank 2 of 6 in float32

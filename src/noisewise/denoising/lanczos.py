@@ -100,9 +100,12 @@ def _tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> Float[Tensor, "ba
 
 def _residual(ritz: Tensor, vectors: Tensor, beta: Tensor) -> Float[Tensor, " batch"]:
     """How much the root's last coefficient would feed into the next vector, relative to the whole."""
-    root = (vectors @ (ritz.clamp(min=0).sqrt() * vectors[:, 0, :]).unsqueeze(-1)).squeeze(-1)
+    # by size, not clamped: a state whose first Ritz values are all negative is not done
+    root = (vectors @ (ritz.abs().sqrt() * vectors[:, 0, :]).unsqueeze(-1)).squeeze(-1)
+    whole = root.norm(dim=-1)
+    share = torch.where(whole > 0, root[:, -1].abs() / whole, torch.ones_like(whole))
     top = ritz.abs().amax(-1).clamp(min=torch.finfo(ritz.dtype).tiny)
-    return root[:, -1].abs() / root.norm(dim=-1).clamp(min=torch.finfo(ritz.dtype).tiny) * (beta / top).clamp(max=1)
+    return share * (beta / top).clamp(max=1)
 
 
 class KrylovCovariance:
