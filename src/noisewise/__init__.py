@@ -6,7 +6,20 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["errors", "metrics", "noise", "report", "runs", "sampling", "targets", "typing"],
+    submodules=[
+        "comparison",
+        "denoising",
+        "energy",
+        "errors",
+        "metrics",
+        "networks",
+        "noise",
+        "report",
+        "runs",
+        "sampling",
+        "targets",
+        "typing",
+    ],
     submod_attrs={
         "errors": ["NoisewiseError", "NoisewiseWarning"],
         "sampling": ["sample"],

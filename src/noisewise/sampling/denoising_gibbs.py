@@ -3,7 +3,6 @@
 Source: Zhang, Hawkins-Hooker, Paige & Barber, NeurIPS 2023, arXiv 2305.11650.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from noisewise.denoising.covariance import DiagonalCovariance, FullCovariance
 from noisewise.denoising.models import Energy, as_model
 from noisewise.denoising.moments import COVARIANCES, GaussianPosterior, gaussian_posterior
 from noisewise.errors import InvalidInput
@@ -175,7 +175,8 @@ class DenoisingGibbs:
                 for new, old in zip(proposed, state, strict=True)
             )
         )
-        draw = chosen.mean if self.final == "mean" else _Normal(chosen.mean, chosen.spread).sample(generator)
+        denoiser = GaussianPosterior(chosen.mean, _operator(chosen.spread))
+        draw = chosen.mean if self.final == "mean" else denoiser.sample(generator)
         info = CorrectedInfo(log_ratio.clamp(max=0).exp().mean().reshape(1), clipped, (~valid).sum())
         return chosen._replace(position=draw), info
 
@@ -200,15 +201,10 @@ class DenoisingGibbs:
             log_prob = self.model.log_prob(noisy)
         return CorrectedState(posterior.mean, noisy, log_prob, posterior.mean, spread), _share(posterior, noisy)
 
-    def _transition(self, state: CorrectedState) -> "_Normal":
+    def _transition(self, state: CorrectedState) -> GaussianPosterior:
         """The law of the next x_t: N(a mean, a^2 Sigma + s^2 I)."""
-        a, s = self.corruption.a, self.corruption.s
-        widened = a**2 * state.spread
-        if widened.ndim == 3:
-            widened = widened + s**2 * torch.eye(widened.shape[-1], dtype=widened.dtype, device=widened.device)
-        else:
-            widened = widened + s**2
-        return _Normal(a * state.mean, widened)
+        widened = _operator(state.spread).corrupted(self.corruption)
+        return GaussianPosterior(self.corruption.a * state.mean, widened)
 
     def settings(self) -> dict[str, Tensor]:
         """`variance`, where set."""
@@ -243,29 +239,8 @@ class DenoisingGibbs:
         }
 
 
-@dataclass(frozen=True)
-class _Normal:
-    """N(mean, spread) with a covariance [chain, dim, dim] or its diagonal [chain, dim]."""
-
-    mean: Tensor
-    spread: Tensor
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        mean = self.mean
-        z = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
-        if self.spread.ndim == 2:
-            return mean + self.spread.sqrt() * z
-        return mean + torch.einsum("cij,cj->ci", torch.linalg.cholesky(self.spread), z)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        offset = x - self.mean
-        if self.spread.ndim == 2:
-            squares, log_det = (offset.square() / self.spread).sum(-1), self.spread.log().sum(-1)
-        else:
-            root = torch.linalg.cholesky(self.spread)
-            white = torch.linalg.solve_triangular(root, offset.unsqueeze(-1), upper=False).squeeze(-1)
-            squares, log_det = white.square().sum(-1), 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (squares + log_det + x.shape[-1] * math.log(2 * math.pi))
+def _operator(spread: Tensor) -> FullCovariance | DiagonalCovariance:
+    return FullCovariance(spread) if spread.ndim == 3 else DiagonalCovariance(spread)
 
 
 def _share(posterior: GaussianPosterior, like: Tensor) -> Tensor:

@@ -386,6 +386,9 @@ class _TuneAndFit:
         kernel, fresh, weight = replace(kernel, reference=mixture)._weighed(len(cold.position), generator)
         chosen = torch.multinomial(weight, len(cold.position), replacement=True, generator=generator)
         stuck = ~possible[-len(cold.position) :]
+        if getattr(self._kernel.target, "chains", None) is not None:
+            # each chain has a density of its own: a draw weighed for one chain is no start for another
+            return kernel, state
         return kernel, _with_cold(state, select(stuck, ChainState(*(part[chosen] for part in fresh)), cold))
 
 

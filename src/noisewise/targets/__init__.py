@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "target": ["Target", "TorchTarget", "as_target", "check_start", "check_target"],
-        "tilted": ["Tilt", "TiltedTarget"],
+        "tilted": ["Tilt"],
         "gaussian_mixture": ["GaussianMixture", "gmm40", "two_modes"],
         "bananas": ["two_bananas"],
         # no file is named as the function it holds: importing the file would hide the function

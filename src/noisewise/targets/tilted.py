@@ -2,13 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from noisewise.targets.target import Target
-
-__all__ = ["Tilt", "TiltedTarget"]
+__all__ = ["Tilt"]
 
 
 class Tilt(NamedTuple):
@@ -30,22 +27,3 @@ class Tilt(NamedTuple):
         pull = self.precision * offset
         power = self.power.unsqueeze(-1) if isinstance(self.power, Tensor) and self.power.ndim else self.power
         return self.power * log_prob - 0.5 * (pull * offset).sum(-1), power * score - pull
-
-
-class TiltedTarget:
-    """The target p(x)^power N(x; center, 1/precision), unnormalised, as a Target of its own."""
-
-    def __init__(self, target: Target, tilt: Tilt) -> None:
-        self.target = target
-        self.tilt = tilt
-        self.dim = target.dim
-
-    def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
-        """Unnormalised log density."""
-        return self.tilt(x, self.target.log_prob(x), torch.zeros_like(x))[0]
-
-    def log_prob_and_score(
-        self, x: Float[Tensor, "*batch dim"]
-    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
-        """Log density and score."""
-        return self.tilt(x, *self.target.log_prob_and_score(x))
