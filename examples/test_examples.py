@@ -1,5 +1,6 @@
 """Each example runs, on a small budget, and is right."""
 
+import clean_from_noisy
 import first_run
 import own_density
 import posterior
@@ -49,3 +50,19 @@ def test_the_error_bars_of_digits_are_right_and_knowing_correlations_pays():
     assert found["full"].log_prob > found["diagonal"].log_prob + 0.05 > found["isotropic"].log_prob + 0.1
     # noise of .3 in, and less than half of its power left
     assert found["full"].error < 0.5 * 0.3**2
+
+
+def test_one_noisy_model_gives_samples_nearer_to_the_rings_than_its_data():
+    found = clean_from_noisy.main(steps=600, chains=500)
+
+    def off(x):
+        radius = x.norm(dim=-1)
+        return torch.minimum((radius - 0.65).abs(), (radius - 1.3).abs())
+
+    noisy = off(found["noisy data"])
+    for name in ("denoising Gibbs", "walk-jump"):
+        gain = noisy.mean() - off(found[name]).mean()
+        assert gain > 4 * (noisy.var() / 500 + off(found[name]).var() / 500).sqrt()
+        # both rings are there
+        inner = (found[name].norm(dim=-1) < 0.975).double().mean()
+        assert 0.35 < inner < 0.65
