@@ -9,6 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,15 +172,15 @@ class MixtureScoreMatching:
         """Steps two and three: the normaliser, and what is left when the reference is taken out."""
         drawn = reference.sample(_DRAWS, generator).to(bridge_rows)
         normalizer = log_normalizer(energy, reference, drawn, bridge_rows, self.normalizer)
-        bridge = Bridged(energy, reference, float(self.beta), normalizer, float(self.floor))
-        mass = bridge.mass(reference.sample(_DRAWS, generator).to(bridge_rows))
-        self._set_fitted(bridge, mass.negative, mass.se, mass.total)
+        raw = Bridged(energy, reference, float(self.beta), normalizer, float(self.floor))
+        mass = raw.mass(reference.sample(_DRAWS, generator).to(bridge_rows))
+        self._set_fitted(replace(raw, total=mass.total), mass.negative, mass.se)
         self.warnings_ = tuple(self._find_faults())
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
 
-    def _set_fitted(self, bridge: Bridged, negative: float, se: float, total: float) -> None:
-        self.bridged_ = Bridged(bridge.energy, bridge.reference, bridge.beta, bridge.normalizer, bridge.floor, total)
+    def _set_fitted(self, bridge: Bridged, negative: float, se: float) -> None:
+        self.bridged_ = bridge
         self.log_normalizer_, self.log_normalizer_se_ = bridge.normalizer.value, bridge.normalizer.se
         self.negative_mass_, self.negative_mass_se_ = negative, se
 
@@ -405,7 +406,7 @@ class MixtureScoreMatching:
 def _as_rows(X: Any, least: int = 2) -> Tensor:
     """[row, dim] in float64, with the rows that are not finite named."""
     try:
-        rows = X.detach() if isinstance(X, Tensor) else torch.as_tensor(getattr(X, "values", X))
+        rows = X.detach() if isinstance(X, Tensor) else torch.as_tensor(getattr(X, "values", X), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"X must be rows of numbers, [row, dim]: {error}") from error
     if rows.ndim != 2:
