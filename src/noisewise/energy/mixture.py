@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from noisewise.energy import keeping
-from noisewise.energy.bridged import Bridged, ResidualEnergy, corrected_ratio
+from noisewise.energy.bridged import Bridged, ResidualEnergy
 from noisewise.energy.gaps import Clusters, Gap, find_clusters, find_gaps
 from noisewise.energy.losses import bridge_score_matching, check_beta, check_trace
 from noisewise.energy.network import EnergyNet
@@ -31,6 +31,7 @@ from noisewise.energy.reference import (
     student_t_reference,
 )
 from noisewise.energy.training import check_rows, fit_energy
+from noisewise.energy.weights import density_weights
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.metrics.modes import ModeWeights, assign_modes
 from noisewise.typing import check_count, check_positive
@@ -39,7 +40,6 @@ __all__ = ["Blindness", "MixtureScoreMatching"]
 
 # draws of the reference behind normaliser, masses and weights
 _DRAWS = 100_000
-_REPLICATES = 100
 # below or above these a result stands on weak ground
 _GAP_POINTS, _EFFECTIVE, _NEGATIVE = 50, 100, 0.01
 _CHAINS = 100
@@ -317,21 +317,7 @@ class MixtureScoreMatching:
         where = drawn if partition is None else drawn * self.scale_ + self.mean_
         labels = assign_modes(where, assign.to(where) if isinstance(assign, Tensor) else assign)
         number = len(assign) if isinstance(assign, Tensor) else int(labels.max()) + 1
-        member = nn.functional.one_hot(labels, number).to(where)
-        log_ratio = bridge.log_ratio(drawn)
-
-        def weigh(shift: Tensor, counts: Tensor) -> Tensor:
-            ratio = corrected_ratio(log_ratio + shift, bridge.beta).clamp(min=bridge.floor)
-            mass = (counts * ratio) @ member
-            return mass / mass.sum(-1, keepdim=True)
-
-        weights = weigh(where.new_zeros(1), torch.ones_like(log_ratio))
-        noise = torch.randn(_REPLICATES, dtype=where.dtype, device=where.device, generator=generator)
-        replicates = [
-            weigh(-bridge.normalizer.se * e, torch.poisson(torch.ones_like(log_ratio), generator=generator))
-            for e in noise
-        ]
-        return ModeWeights(weights, torch.stack(replicates).std(0), _DRAWS)
+        return density_weights(bridge, drawn, labels, number, generator)
 
     def blindness_check(self, k: int = 3, partition: Any = None, X: Any = None) -> Blindness:
         """Refit from `k` other seeds, all else equal, and compare the mode weights.
