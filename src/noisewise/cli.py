@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import noisewise
+from noisewise.energy.cli import energy_app
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
 from noisewise.sampling.cli import sample_command
 from noisewise.typing import check_count
@@ -140,6 +141,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("sample")(sample_command)
+app.add_typer(energy_app, name="energy")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 

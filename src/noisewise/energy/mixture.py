@@ -9,6 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from noisewise.energy import keeping
-from noisewise.energy.bridged import Bridged, ResidualEnergy, corrected_ratio
+from noisewise.energy.bridged import Bridged, ResidualEnergy
 from noisewise.energy.gaps import Clusters, Gap, find_clusters, find_gaps
 from noisewise.energy.losses import bridge_score_matching, check_beta, check_trace
 from noisewise.energy.network import EnergyNet
@@ -30,6 +31,7 @@ from noisewise.energy.reference import (
     student_t_reference,
 )
 from noisewise.energy.training import check_rows, fit_energy
+from noisewise.energy.weights import density_weights
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.metrics.modes import ModeWeights, assign_modes
 from noisewise.typing import check_count, check_positive
@@ -38,7 +40,6 @@ __all__ = ["Blindness", "MixtureScoreMatching"]
 
 # draws of the reference behind normaliser, masses and weights
 _DRAWS = 100_000
-_REPLICATES = 100
 # below or above these a result stands on weak ground
 _GAP_POINTS, _EFFECTIVE, _NEGATIVE = 50, 100, 0.01
 _CHAINS = 100
@@ -171,15 +172,15 @@ class MixtureScoreMatching:
         """Steps two and three: the normaliser, and what is left when the reference is taken out."""
         drawn = reference.sample(_DRAWS, generator).to(bridge_rows)
         normalizer = log_normalizer(energy, reference, drawn, bridge_rows, self.normalizer)
-        bridge = Bridged(energy, reference, float(self.beta), normalizer, float(self.floor))
-        mass = bridge.mass(reference.sample(_DRAWS, generator).to(bridge_rows))
-        self._set_fitted(bridge, mass.negative, mass.se, mass.total)
+        raw = Bridged(energy, reference, float(self.beta), normalizer, float(self.floor))
+        mass = raw.mass(reference.sample(_DRAWS, generator).to(bridge_rows))
+        self._set_fitted(replace(raw, total=mass.total), mass.negative, mass.se)
         self.warnings_ = tuple(self._find_faults())
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
 
-    def _set_fitted(self, bridge: Bridged, negative: float, se: float, total: float) -> None:
-        self.bridged_ = Bridged(bridge.energy, bridge.reference, bridge.beta, bridge.normalizer, bridge.floor, total)
+    def _set_fitted(self, bridge: Bridged, negative: float, se: float) -> None:
+        self.bridged_ = bridge
         self.log_normalizer_, self.log_normalizer_se_ = bridge.normalizer.value, bridge.normalizer.se
         self.negative_mass_, self.negative_mass_se_ = negative, se
 
@@ -316,21 +317,7 @@ class MixtureScoreMatching:
         where = drawn if partition is None else drawn * self.scale_ + self.mean_
         labels = assign_modes(where, assign.to(where) if isinstance(assign, Tensor) else assign)
         number = len(assign) if isinstance(assign, Tensor) else int(labels.max()) + 1
-        member = nn.functional.one_hot(labels, number).to(where)
-        log_ratio = bridge.log_ratio(drawn)
-
-        def weigh(shift: Tensor, counts: Tensor) -> Tensor:
-            ratio = corrected_ratio(log_ratio + shift, bridge.beta).clamp(min=bridge.floor)
-            mass = (counts * ratio) @ member
-            return mass / mass.sum(-1, keepdim=True)
-
-        weights = weigh(where.new_zeros(1), torch.ones_like(log_ratio))
-        noise = torch.randn(_REPLICATES, dtype=where.dtype, device=where.device, generator=generator)
-        replicates = [
-            weigh(-bridge.normalizer.se * e, torch.poisson(torch.ones_like(log_ratio), generator=generator))
-            for e in noise
-        ]
-        return ModeWeights(weights, torch.stack(replicates).std(0), _DRAWS)
+        return density_weights(bridge, drawn, labels, number, generator)
 
     def blindness_check(self, k: int = 3, partition: Any = None, X: Any = None) -> Blindness:
         """Refit from `k` other seeds, all else equal, and compare the mode weights.
@@ -405,7 +392,7 @@ class MixtureScoreMatching:
 def _as_rows(X: Any, least: int = 2) -> Tensor:
     """[row, dim] in float64, with the rows that are not finite named."""
     try:
-        rows = X.detach() if isinstance(X, Tensor) else torch.as_tensor(getattr(X, "values", X))
+        rows = X.detach() if isinstance(X, Tensor) else torch.as_tensor(getattr(X, "values", X), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"X must be rows of numbers, [row, dim]: {error}") from error
     if rows.ndim != 2:
