@@ -7,7 +7,6 @@
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +19,11 @@ import jax
 import jax_digs
 import pytest
 import torch
-from interleaved import compared, interleaved
+from interleaved import compared, environment, interleaved
 from published_digs import MixtureEnergy, published_digs
 from rich.console import Console
 from rich.table import Table
 
-import noisewise
 from noisewise.noise import Corruption
 from noisewise.sampling import MALA, DiGS
 from noisewise.targets import as_target, from_jax, gmm40
@@ -217,23 +215,6 @@ def test_all_sample_the_same_law(build):
     assert abs(moment - exact) < 5 * deviation / math.sqrt(chains * 2)
     weights = torch.bincount(TARGET.component(draws), minlength=40) / len(draws)
     assert 0.5 * (weights - 1 / 40).abs().sum() < 0.15
-
-
-def environment() -> dict[str, Any]:
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "noisewise": noisewise.__version__,
-        "torch": torch.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def report(found: dict[str, Any]) -> None:

@@ -1,9 +1,17 @@
 """Speed ratios that a busy machine cannot fake: contenders take turns in one process, and each round gives one ratio."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import jax
+import torch
+
+import noisewise
 
 
 def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -33,4 +41,21 @@ def compared(seconds: dict[str, list[float]], ours: str, other: str) -> dict[str
         "rounds": len(ratios),
         "seconds_ours": statistics.median(seconds[ours]),
         "seconds_other": statistics.median(seconds[other]),
+    }
+
+
+def environment() -> dict[str, Any]:
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "noisewise": noisewise.__version__,
+        "torch": torch.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }

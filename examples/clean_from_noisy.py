@@ -11,7 +11,9 @@ from noisewise.sampling import DenoisingGibbs, WalkJump, sample
 def rings(n: int, generator: torch.Generator) -> torch.Tensor:
     """Two thin circles of radii .65 and 1.3."""
     angle = 2 * torch.pi * torch.rand(n, generator=generator)
-    radius = torch.where(torch.rand(n, generator=generator) < 0.5, 0.65, 1.3) + 0.05 * torch.randn(n, generator=generator)
+    radius = torch.where(torch.rand(n, generator=generator) < 0.5, 0.65, 1.3) + 0.05 * torch.randn(
+        n, generator=generator
+    )
     return radius.unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
 
 

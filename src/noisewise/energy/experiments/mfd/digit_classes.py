@@ -17,7 +17,7 @@ __all__ = ["digit_classes"]
 
 # classes that lie apart in three components, with the rows that are kept of each
 _CLASSES = {0: 20, 4: 60, 6: 160}
-_STEPS = {"quick": 150, "cpu": 800, "paper": 5000}
+_STEPS = {"quick": 150, "cpu": 400, "paper": 5000}
 _DRAWS = 100_000
 _QUICK = ("MFD, beta .8", "FD")
 

@@ -20,7 +20,6 @@ from noisewise.typing import Cost
 
 __all__ = ["Density", "density_systems"]
 
-_DECAYS = tuple({"weight_decay": decay} for decay in (0.0, 1e-2, 1e-1))
 _BATCH, _RATE, _CLIP = 256, 3e-3, 10.0
 
 Loss = Callable[[Any, Tensor, torch.Generator], Tensor]
@@ -42,9 +41,10 @@ def density_systems(
     wrap: Callable[[Density, int], Any],
     mode_width: float,
     likelihood: Callable[[Tensor, Tensor], tuple[Tensor, float]] | None,
+    decays: tuple[float, ...] = (0.0, 1e-2),
     one_stage: bool = True,
 ) -> tuple[System, ...]:
-    """The systems; the budget of each is its number of training steps, weight decay is tuned.
+    """The systems; the budget of each is its number of training steps, weight decay is tuned over `decays`.
 
     `wrap(density, seed)` makes the outcome. `mode_width`: deviation of a mode in units of the data, for the noise levels of
     DSM. `likelihood(mean, scale)`: quadrature nodes on the standardised scale and their volume, where a grid exists.
@@ -78,22 +78,23 @@ def density_systems(
 
         return draw
 
+    settings = tuple({"weight_decay": decay} for decay in decays)
     systems = [
-        System("MFD, beta .8", mfd(0.8), _DECAYS),
-        System("MFD, beta .95", mfd(0.95), _DECAYS),
-        System("FD", of(lambda m, scale: "sm"), _DECAYS),
-        System("FD, sliced", of(lambda m, scale: _sliced), _DECAYS),
+        System("MFD, beta .8", mfd(0.8), settings),
+        System("MFD, beta .95", mfd(0.95), settings),
+        System("FD", of(lambda m, scale: "sm"), settings),
+        System("FD, sliced", of(lambda m, scale: _sliced), settings),
         *(
-            System(f"DSM, {share:g} mode widths", of(lambda m, scale: "dsm", share), _DECAYS)
+            System(f"DSM, {share:g} mode widths", of(lambda m, scale: "dsm", share), settings)
             for share in (0.1, 0.3, 1.0)
         ),
-        System("NCE with the same m", of(lambda m, scale: _contrastive(m)), _DECAYS),
+        System("NCE with the same m", of(lambda m, scale: _contrastive(m)), settings),
     ]
     if one_stage:
-        systems.insert(2, System("MFD in one stage, beta .8", of(lambda m, scale: _one_stage(m)), _DECAYS))
+        systems.insert(2, System("MFD in one stage, beta .8", of(lambda m, scale: _one_stage(m)), settings))
     if likelihood is not None:
         systems.append(
-            System("maximum likelihood by quadrature", of(lambda m, scale: _likelihood(*likelihood(*scale))), _DECAYS)
+            System("maximum likelihood by quadrature", of(lambda m, scale: _likelihood(*likelihood(*scale))), settings)
         )
     return tuple(systems)
 
