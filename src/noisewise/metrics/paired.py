@@ -32,7 +32,7 @@ class PairedDifference:
     @property
     def better(self) -> str | None:
         """ "a" or "b", only where the interval excludes 0."""
-        if self.low <= 0 <= self.high:
+        if self.low <= 0 <= self.high or self.direction == "neither":
             return None
         return "a" if (self.mean < 0) == (self.direction == "lower") else "b"
 

@@ -236,6 +236,8 @@ class Results:
         """Whether `system` leads in `name` with no failed seed, ahead of the second best beyond its paired interval."""
         rows = [row for row in self.rows if row.problem == problem and name in row.measurements]
         better = rows[0].measurements[name].better
+        if better == "neither":
+            return False
         sign = 1 if better == "lower" else -1
         means = {}
         for rival in dict.fromkeys(row.system for row in rows):

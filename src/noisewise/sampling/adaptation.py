@@ -8,7 +8,7 @@ from torch import Tensor
 
 from noisewise.sampling.kernel import ChainState, Kernel, starting_scale
 
-__all__ = ["TuneSteps", "dual_averaging", "dual_averaging_start", "score_metric"]
+__all__ = ["BurnIn", "TuneSteps", "dual_averaging", "dual_averaging_start", "score_metric"]
 
 # constants of Hoffman & Gelman, JMLR 15, 2014, section 3.2.1
 _GAMMA, _T0, _KAPPA = 0.05, 10.0, 0.75
@@ -44,6 +44,38 @@ def score_metric(sum_of_squares: Tensor, count: float) -> Tensor:
     log = (count / sum_of_squares.double().clamp(min=1e-300)).log()
     # on the log scale: a mean of variances would drown the smallest ones in a thousandth of the largest
     return ((count * log + 5 * log.mean()) / (count + 5)).exp()
+
+
+class BurnIn:
+    """Steps of a kernel that has nothing to adapt: they forget the starts, and are discarded."""
+
+    opening_gradients = closing_gradients = 0
+
+    def __init__(self, kernel: Any, steps: int) -> None:
+        self._kernel = kernel
+        self._steps = steps
+
+    def template(self) -> Kernel:
+        """The kernel itself."""
+        return self._kernel
+
+    def begin(self, kernel: Any, state: Any, generator: torch.Generator) -> tuple[Kernel, Any, dict[str, Tensor], int]:
+        """Its state at the starts."""
+        return kernel, kernel.start(state), {}, self._steps
+
+    def update(
+        self, kernel: Any, state: Any, info: Any, memory: dict[str, Tensor], index: int, steps: int
+    ) -> tuple[Kernel, Any, dict[str, Tensor]]:
+        """Nothing changes."""
+        return kernel, state, memory
+
+    def finished(self, state: Any) -> bool:
+        """Never before its steps ran out."""
+        return False
+
+    def end(self, kernel: Any, state: Any, memory: dict[str, Tensor], generator: torch.Generator) -> tuple[Kernel, Any]:
+        """Nothing is left to do."""
+        return kernel, state
 
 
 class TuneSteps:

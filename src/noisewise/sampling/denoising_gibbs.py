@@ -168,7 +168,7 @@ class DenoisingGibbs:
         valid = torch.isfinite(log_ratio)
         log_ratio = torch.where(valid, log_ratio, -torch.inf)
         uniform = torch.rand(len(noisy), dtype=noisy.dtype, device=noisy.device, generator=generator)
-        accept = uniform.log() < log_ratio
+        accept = torch.log1p(-uniform) < log_ratio
         chosen = CorrectedState(
             *(
                 torch.where(accept.reshape(-1, *[1] * (new.ndim - 1)), new, old)

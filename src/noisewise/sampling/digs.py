@@ -183,7 +183,7 @@ class DiGS:
         proposed = ChainState(z[0], *self.target.log_prob_and_score(z[0]))
         valid = finite(proposed.log_prob, proposed.score)
         log_ratio = torch.where(valid, tilt(*proposed)[0] - tilt(*state)[0], -torch.inf)
-        accept = uniform.log() < log_ratio
+        accept = torch.log1p(-uniform) < log_ratio
         return select(accept, proposed, state), Moved(log_ratio.clamp(max=0).exp(), (~valid).sum())
 
     def _multiple_try_start(
@@ -258,7 +258,8 @@ class DiGS:
             local = replace(self.inner, step_size=None)
             fifth = max(gradients // 5, 1)
             first = TuneSteps(local, fifth)
-            return [_ChooseSchedule(self, first), TuneSteps(self, gradients - fifth)]
+            tuning = [TuneSteps(self, gradients - fifth)] if self.step_size is None else []
+            return [_ChooseSchedule(self, first), *tuning]
         if self.step_size is None:
             return [TuneSteps(self, gradients)]
         return []

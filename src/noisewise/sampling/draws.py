@@ -103,6 +103,12 @@ class Draws:
             "names": self.names,
             "warnings": list(self.warnings),
             "interrupted": self.interrupted,
+            # the warm-up is over: `sample` with this folder as its checkpoint goes on among the draws
+            "warmed": True,
+            "phase": 0,
+            "index": 0,
+            "steps": None,
+            "allowance": 0,
         }
         run.checkpoint(pack(self.final, self.squares), progress)
         return run.path
@@ -146,6 +152,7 @@ class Draws:
         """These draws followed by `later`, with the final state of `later` and its bill, which includes ours."""
         return replace(
             later,
+            warnings=tuple(dict.fromkeys((*self.warnings, *later.warnings))),
             positions=torch.cat([self.positions, later.positions], 1),
             stats={name: torch.cat([value, later.stats[name]]) for name, value in self.stats.items()},
         )

@@ -145,7 +145,7 @@ class FittedDiGS:
         valid = finite(proposed.log_prob, proposed.score)
         log_ratio = torch.where(valid & ~log_ratio.isnan(), log_ratio, -torch.inf)
         uniform = torch.rand(len(z), dtype=z.dtype, device=z.device, generator=generator)
-        state = select(uniform.log() < log_ratio, proposed, state)
+        state = select(torch.log1p(-uniform) < log_ratio, proposed, state)
         return state, log_ratio.clamp(max=0).exp(), (~valid).sum()
 
     def _build_denoiser(self, reference: GaussianMixture) -> "_Denoiser":
@@ -206,12 +206,13 @@ class FittedDiGS:
         if self.reference is not None:
             return [*phases[:-1], _TuneAndFit(self, tuning.gradients, tuning, last=True)]
         first = int(_FIRST_FIT * tuning.gradients)
-        # the ladder is tuned in the first part alone
-        tuning = TuneLadder(tempering, first, adapt=tuning.adapt)
+        last = tuning.gradients - first
+        # the ladder is tuned in the first part alone, which pays its trial of the fit too
+        tuning = TuneLadder(tempering, max(first - _TuneAndFit.closing_gradients, 1), adapt=tuning.adapt)
         return [
             *phases[:-1],
             _TuneAndFit(self, first, tuning, last=False),
-            _TuneAndFit(self, gradients - first, None, last=True),
+            _TuneAndFit(self, last, None, last=True),
         ]
 
     def state_type(self) -> type:

@@ -98,7 +98,7 @@ class HMC:
         uniform = torch.rand((2, self.steps, len(position)), **options)
         return HMCNoise(
             torch.randn((self.steps, *position.shape), **options),
-            uniform[0].log(),
+            torch.log1p(-uniform[0]),
             (1 + self.jitter * (2 * uniform[1] - 1)).unsqueeze(-1),
         )
 

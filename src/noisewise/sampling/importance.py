@@ -15,7 +15,7 @@ def effective_share(log_weight: Float[Tensor, " draw"]) -> Float[Tensor, ""]:
 
 
 def largest_power(
-    log_weight: Float[Tensor, " draw"], share: float, most: Float[Tensor, ""] | float = 1.0
+    log_weight: Float[Tensor, " draw"], share: float | Tensor, most: Float[Tensor, ""] | float = 1.0
 ) -> Float[Tensor, ""]:
     """The largest exponent up to `most` under which the weights keep the effective share `share`; by bisection.
 

@@ -105,7 +105,10 @@ class InnerKernel(Kernel, Protocol):
     """A kernel that can also move under a tilt, as DiGS, parallel tempering and SMC need it."""
 
     def noise(self, position: Float[Tensor, "chain dim"], generator: torch.Generator) -> Any:
-        """All random numbers of one `advance`."""
+        """All random numbers of one `advance`.
+
+        Acceptances compare with log(1 - u): u itself can be 0 in float32, whose logarithm would accept anything finite.
+        """
         ...
 
     def advance(self, state: ChainState, noise: Any, step_size: Tensor, tilt: Tilt) -> tuple[ChainState, Moved]:

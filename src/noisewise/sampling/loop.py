@@ -37,13 +37,13 @@ def sample(
     """Draw from a kernel's target; a bare target gets `FittedDiGS`, which finds its modes and weighs them.
 
     `chains`: number of chains, by default that of `init`, or 64. `draws` per chain, by default 1000, or with a budget as
-    many as it pays for. `warmup`: iterations that adapt whatever the kernel left open, then discarded; 0 leaves it to the
-    kernel: nothing when all its settings are given, else 20 % of the budget or about 2000 gradients per chain.
+    many as it pays for. `warmup`: iterations that adapt whatever the kernel left open, or burn in, then discarded; 0 leaves
+    it to the kernel: nothing when all its settings are given, else 20 % of the budget or about 2000 gradients per chain.
     `init`: starts, [chain, dim] or one [dim] for all; by default standard normal draws. Their dtype and device are the
     run's. `budget`: value-and-gradient calls over all chains, or a `Budget`; the run stops before it would exceed it.
     `thin`: iterations per draw. `checkpoint`: a folder, written every two seconds; the same call goes on from it after a
-    crash, to the same draws. `dim`: needed only for a bare torch callable, or for a model kernel (`DenoisingGibbs`, `WalkJump`)
-    without `init`.
+    crash, to the same draws, and returns all that it holds. `dim`: needed only for a bare torch
+    callable, or for a model kernel (`DenoisingGibbs`, `WalkJump`) without `init`.
 
     Ctrl-C returns the draws made so far. The first call of the target is checked (shape, dtype, finiteness, independent
     rows); the two extra rows of that check are not billed. Raises `InvalidInput` before any long work.

@@ -94,7 +94,7 @@ class MALA:
         options: dict[str, Any] = {"dtype": position.dtype, "device": position.device, "generator": generator}
         return LangevinNoise(
             torch.randn((self.steps, *position.shape), **options),
-            torch.rand((self.steps, len(position)), **options).log_(),
+            torch.rand((self.steps, len(position)), **options).neg_().log1p_(),
         )
 
     def advance(

@@ -60,7 +60,9 @@ def fit_mixture(draws: Float[Tensor, "draw dim"], seed: int, max_components: int
         )
         return _quietly(model, data)
 
-    search = table[:: max(math.ceil(count / _SEARCH_DRAWS), 1)]
+    # in random order: rows come step by step, and a stride would see only some of the chains
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:_SEARCH_DRAWS].sort().values
+    search = table[order.numpy()]
     # one thread: the tables are small, and results do not depend on the machine
     with limits(1):
         best, best_bic, rises = 1, math.inf, 0

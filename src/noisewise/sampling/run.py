@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.runs import RunFolder
+from noisewise.sampling.adaptation import BurnIn
 from noisewise.sampling.diagnostics import diagnose
 from noisewise.sampling.draws import KIND, Draws, Final, pack, part, unpack
 from noisewise.sampling.kernel import ChainState
@@ -109,7 +111,7 @@ class Run:
         run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
         run.cost = Cost(gradients=len(start) * getattr(kernel, "gradients_at_start", 1))
         run.allowance = run._warmup_allowance(cold)
-        run.phases = kernel.warmup_phases(run.allowance, cold)
+        run.phases = run._warmup_phases(cold)
         if not run.phases:
             run.state, run.warmed = kernel.start(cold), True
         run._check_budget()
@@ -130,7 +132,7 @@ class Run:
         final, squares = unpack(tensors)
         for name in ("warmed", "phase", "index", "steps", "pieces", "allowance"):
             setattr(run, name, progress[name])
-        run.phases = kernel.warmup_phases(run.allowance, cold)
+        run.phases = run._warmup_phases(cold)
         run.written = progress["draws"]
         run.messages = list(progress["warnings"])
         run.cost = Cost(**progress["cost"])
@@ -147,10 +149,15 @@ class Run:
         self.folder = folder
         return self
 
+    def _warmup_phases(self, cold: Any) -> list[Any]:
+        """The kernel's own; where nothing is left open, the steps that were asked for are made and discarded."""
+        phases = self.kernel.warmup_phases(self.allowance, cold)
+        return phases or ([BurnIn(self.kernel, self.plan.warmup)] if self.plan.warmup else [])
+
     def _warmup_allowance(self, cold: Any) -> int:
         """Value-and-gradient calls per chain that the warm-up may use."""
         if hasattr(self.kernel, "bind"):
-            return 0
+            return 0  # nothing to adapt
         chains, budget = len(cold.position), self.plan.budget
         share = getattr(self.kernel, "warmup_share", _WARMUP_SHARE)
         allowed = []
@@ -182,8 +189,10 @@ class Run:
 
     def finish(self, show: bool) -> Draws:
         """Run to the end, to the budget's end, or to Ctrl-C."""
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
             warnings.simplefilter("always", NoisewiseWarning)
+            # kept as they come, so that every checkpoint has them; shown once, at the end
+            warnings.showwarning = self._keep(warnings.showwarning)
             reporter = Reporter(show, self)
             try:
                 with reporter:
@@ -197,11 +206,6 @@ class Run:
                     self._go_back(self._mark)
                 if self.folder is not None:
                     self.folder.event("interrupted", draws=self._count)
-        for item in caught:
-            if not issubclass(item.category, NoisewiseWarning):
-                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-            elif str(item.message) not in self.messages:
-                self.messages.append(str(item.message))
         result = self._draws()
         found = diagnose(result, self.kernel) if result.positions.shape[1] else self._why_no_draws()
         self.messages += [text for text in found if text not in self.messages]
@@ -211,6 +215,15 @@ class Run:
         for text in self.messages:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
         return result
+
+    def _keep(self, show: Callable[..., None]) -> Callable[..., None]:
+        def keep(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+            if not issubclass(category, NoisewiseWarning):
+                show(message, category, *where, **options)
+            elif str(message) not in self.messages:
+                self.messages.append(str(message))
+
+        return keep
 
     def _warm_up(self, reporter: "Reporter") -> None:
         while not self.warmed:
@@ -382,8 +395,6 @@ class Run:
         if not merged:
             merged = {"positions": like.new_zeros((0, *like.shape))}
             merged |= {"log_prob": like.new_zeros((0, len(like)))} if hasattr(self.state, "log_prob") else {}
-        if self.plan.draws is not None:
-            merged = {name: value[: self.plan.draws] for name, value in merged.items()}
         names = getattr(getattr(self.kernel, "target", None), "names", None)
         return Draws(
             positions=merged.pop("positions").transpose(0, 1).contiguous(),

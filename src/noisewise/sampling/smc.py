@@ -107,8 +107,10 @@ class TemperedSMC:
         log_q = log_q - 0.5 * x.shape[-1] * math.log(2 * math.pi)
         gain = state.log_prob - log_q
         gain = torch.where(torch.isfinite(gain), gain, -torch.inf)
-        increment = largest_power(gain, self.ess, 1 - state.beta)
-        log_weight = torch.where(increment > 0, increment * gain, torch.zeros_like(gain))
+        # particles outside the support never come back: the share is that of the others, and they are resampled away
+        inside = torch.isfinite(gain)
+        increment = largest_power(gain, self.ess * inside.to(gain).mean(), 1 - state.beta)
+        log_weight = torch.where(inside, increment * gain, -torch.inf)
         weight = log_weight.softmax(0)
         chosen = _systematic(weight, generator)
         beta = torch.where(increment >= 1 - state.beta, torch.ones_like(state.beta), state.beta + increment)

@@ -95,6 +95,15 @@ class ParallelTempering:
                 raise InvalidInput(
                     f"betas must fall strictly from 1 to above 0, at least two of them, got {self.betas!r}"
                 )
+        given = inner.step_size if self.step_size is None else self.step_size
+        if given is not None and self.betas is None:
+            raise InvalidInput(
+                f"step_size={given!r} was given, but the ladder is open: give betas= too, or leave the step sizes to warm-up"
+            )
+        if given is not None and self.step_size is None:
+            # the inner kernel's own step size is that of the cold rung
+            cold = torch.as_tensor(given, dtype=torch.float64).min()
+            object.__setattr__(self, "step_size", cold * self.ladder**-self.length_power)
 
     @property
     def ladder(self) -> Float[Tensor, " temperature"]:
@@ -171,7 +180,7 @@ class ParallelTempering:
         log_ratio = (beta[:-1] - beta[1:]).unsqueeze(-1) * (state.log_prob[1:] - state.log_prob[:-1])
         uniform = torch.rand(log_ratio.shape, dtype=beta.dtype, device=beta.device, generator=generator)
         pair = torch.arange(count - 1, device=beta.device).unsqueeze(-1)
-        accept = ((uniform.log() < log_ratio) & (pair % 2 == state.parity)).long()
+        accept = ((torch.log1p(-uniform) < log_ratio) & (pair % 2 == state.parity)).long()
         none = torch.zeros((1, chains), dtype=torch.long, device=beta.device)
         source = (
             torch.arange(count, device=beta.device).unsqueeze(-1)

@@ -14,7 +14,7 @@ from noisewise.metrics.floors import sample_floor
 from noisewise.metrics.measurement import Measurement
 from noisewise.metrics.modes import mode_weights
 from noisewise.sampling.digs import DiGS
-from noisewise.sampling.experiments.digs.problem import Outcome, run_kernel, thinned
+from noisewise.sampling.experiments.digs.problem import Outcome, run_kernel, share_floor, thinned
 from noisewise.sampling.fitted import FittedDiGS
 from noisewise.sampling.hmc import HMC
 from noisewise.sampling.smc import TemperedSMC
@@ -107,7 +107,9 @@ def _measure(target: MixturePosterior, transported: int, outcome: Outcome) -> di
     few = target.constrain(thinned(outcome.positions, transported))
     reference, floor = _reference(target, transported)
     return {
-        "|P(mu1 < mu2) - 1/2|": Measurement(abs(share - 0.5), se, floor=0.0, n=len(parameters)),
+        "|P(mu1 < mu2) - 1/2|": Measurement(
+            abs(share - 0.5), se, floor=share_floor(0.5, outcome.positions[..., 0].numel()), n=len(parameters)
+        ),
         "standard errors off": Measurement(abs(share - 0.5) / se if se > 0 else math.inf, n=len(parameters)),
         "largest |z| of the means": Measurement(_largest_z(target, parameters), n=len(parameters)),
         "W2": wasserstein2(few, reference, floor=floor),
