@@ -134,7 +134,7 @@ def _show(result: "Draws", out: Path | None, as_json: bool) -> None:
     if kept == 0:
         if result.interrupted:
             raise typer.Exit(130)
-        raise InvalidInput("the budget was spent before the first draw; raise it, or take fewer chains or less warm-up")
+        raise InvalidInput("; ".join(result.warnings) or "there are no draws; raise the budget")
     summary = result.summary()
     facts = summary.to_dict()
     if out is not None:
@@ -142,13 +142,15 @@ def _show(result: "Draws", out: Path | None, as_json: bool) -> None:
         result.report(out / "report.html")
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
-        return
-    console = Console()
-    console.print(summary.table())
-    if out is None:
-        console.print("nothing was kept; -o FOLDER keeps draws, summary and report", highlight=False)
     else:
-        console.print(f"report: {(out / 'report.html').resolve().as_uri()}", soft_wrap=True, highlight=False)
+        console = Console()
+        console.print(summary.table())
+        if out is None:
+            console.print("nothing was kept; -o FOLDER keeps draws, summary and report", highlight=False)
+        else:
+            console.print(f"report: {(out / 'report.html').resolve().as_uri()}", soft_wrap=True, highlight=False)
+    if result.interrupted:
+        raise typer.Exit(130)
 
 
 def load_target(source: str, dim: int | None = None) -> "Target":

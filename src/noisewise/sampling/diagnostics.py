@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ _VALLEY = 1.0
 # nor are components closer than this many standard deviations: a skewed mode takes several, a valley needs more
 _OVERLAP = 4.0
 _SEARCH_DRAWS = 2000
+# Vehtari et al., Bayesian Analysis 16, 2021, ask for less than 1.01 and 400; the notes leave room for chance
+_HIGH_R_HAT, _LOW_ESS = 1.05, 100.0
 # a chain leaves a place where target / fit is e^12 times the usual once in some hundred thousand fitted moves
 _OUT_OF_PROPORTION = 12.0
 _LOW = 0.01
@@ -181,7 +183,7 @@ class Summary:
 
     Per coordinate: `mean`, `sd`, `r_hat`, `ess_bulk`, `ess_tail` ([dim], from ArviZ). `weights`: of the modes, with
     between-chain standard errors; `flips`: mode changes per chain; `label_ess`: effective draws of the mode label.
-    `notes`: what to keep in mind.
+    `notes`: what to keep in mind. `interrupted`: stopped by Ctrl-C before the draws asked for.
     """
 
     names: list[str]
@@ -196,6 +198,7 @@ class Summary:
     label_ess: Measurement | None
     cost: Cost
     notes: tuple[str, ...]
+    interrupted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -219,6 +222,7 @@ class Summary:
             },
             "cost": vars(self.cost),
             "notes": list(self.notes),
+            "interrupted": self.interrupted,
         }
 
     def table(self) -> "Group":
@@ -231,11 +235,12 @@ class Summary:
         for i, name in enumerate(self.names[:20]):
             cells = [f"{float(self.mean[i]):.4g}", f"{float(self.sd[i]):.4g}", f"{float(self.r_hat[i]):.3f}"]
             coordinates.add_row(name, *cells, f"{float(self.ess_bulk[i]):.0f}", f"{float(self.ess_tail[i]):.0f}")
-        modes = Table("mode", "weight", "± se", title=f"{len(self.weights.weights)} mode(s)")
+        count = len(self.weights.weights)
+        modes = Table("mode", "weight", "± se", "centre", title="1 mode" if count == 1 else f"{count} modes")
         heaviest = self.weights.weights.argsort(descending=True)[:12].tolist()
         for mode in heaviest:
             se = "" if self.weights.se is None else f"{float(self.weights.se[mode]):.4f}"
-            modes.add_row(str(mode), f"{float(self.weights.weights[mode]):.4f}", se)
+            modes.add_row(str(mode), f"{float(self.weights.weights[mode]):.4f}", se, self._centre(mode))
         parts: list[Any] = [coordinates, modes]
         if len(self.names) > 20 or len(self.weights.weights) > 12:
             parts.append(
@@ -246,6 +251,13 @@ class Summary:
         parts.append(Text(f"{self.cost.gradients:,} gradient calls, {self.cost.seconds:.1f} s"))
         parts += [Text(f"! {note}", style="yellow") for note in self.notes]
         return Group(*parts)
+
+    def _centre(self, mode: int) -> str:
+        """The first coordinates of a mode's centre, where it is known."""
+        if self.centres is None:
+            return ""
+        shown = ", ".join(f"{value:.3g}" for value in self.centres[mode][:4].tolist())
+        return f"({shown}, ...)" if self.centres.shape[1] > 4 else f"({shown})"
 
 
 def summarise(draws: "Draws", modes: Modes | Tensor | Callable[[Tensor], Tensor] | None = None) -> Summary:
@@ -272,8 +284,9 @@ def summarise(draws: "Draws", modes: Modes | Tensor | Callable[[Tensor], Tensor]
         assign, centres = modes, modes if isinstance(modes, Tensor) else None
     labels = assign_modes(positions, assign)
     number = int(labels.max()) + 1 if centres is None else len(centres)
+    names = draws.names or [f"x[{i}]" for i in range(dim)]
     return Summary(
-        names=draws.names or [f"x[{i}]" for i in range(dim)],
+        names=names,
         mean=positions.double().mean((0, 1)).cpu(),
         sd=positions.double().std((0, 1)).cpu(),
         **columns,
@@ -282,13 +295,27 @@ def summarise(draws: "Draws", modes: Modes | Tensor | Callable[[Tensor], Tensor]
         flips=mode_flips(labels),
         label_ess=label_ess(labels) if chains > 1 and number > 1 else None,
         cost=draws.cost,
-        notes=(*draws.warnings, *_notes(draws, labels)),
+        notes=(*draws.warnings, *_notes(draws, labels, columns["r_hat"], columns["ess_bulk"], names)),
+        interrupted=draws.interrupted,
     )
 
 
-def _notes(draws: "Draws", labels: Int[Tensor, "chain draw"]) -> list[str]:
-    """What R-hat cannot see."""
+def _notes(
+    draws: "Draws", labels: Int[Tensor, "chain draw"], r_hat: Tensor, ess: Tensor, names: Sequence[str]
+) -> list[str]:
+    """What R-hat says, and what it cannot see."""
     notes = []
+    finite = torch.nan_to_num(r_hat, nan=1.0)
+    if float(finite.max()) > _HIGH_R_HAT:
+        notes.append(
+            f"R-hat is {float(finite.max()):.3g} for {names[int(finite.argmax())]}: the chains do not agree; run longer, or "
+            "use sample(target) where modes are apart"
+        )
+    elif float(torch.nan_to_num(ess, nan=torch.inf).min()) < _LOW_ESS:
+        least = int(torch.nan_to_num(ess, nan=torch.inf).argmin())
+        notes.append(f"the effective sample size of {names[least]} is only {float(ess[least]):.0f}: run longer")
+    if draws.config["kernel"]["kernel"] == "ULA":
+        notes.append("ULA has no accept step: its draws are biased at every step size; MALA is the same with one")
     if draws.config.get("one_start"):
         notes.append(
             "all chains started at one point: agreement between them (R-hat) does not show that all modes were found"

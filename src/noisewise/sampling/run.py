@@ -234,7 +234,7 @@ class Run:
                 self.kernel, self.state, self.memory, self.steps = phase.begin(self.kernel, self.state, self.generator)
                 self._bill(phase.opening_gradients, 0)
             while self.index < self.steps and not phase.finished(self.state):
-                if time.monotonic() > self._limit or not self._affordable(1, phase.closing_gradients):
+                if time.monotonic() > self._phase_limit() or not self._affordable(1, phase.closing_gradients):
                     break
                 self.state, info = self.kernel.step(self.state, self.generator)
                 self._bill(self.kernel.gradients_per_step, self.kernel.energies_per_step)
@@ -257,11 +257,23 @@ class Run:
                 self.folder.event("phase", done=self.phase, gradients=self.cost.gradients)
                 self._save()
 
+    def _phase_limit(self) -> float:
+        """When the clock ends a phase: the phases share the warm-up's part of a budget in seconds evenly."""
+        seconds = self.plan.budget.seconds
+        if seconds is None or self.plan.warmup:
+            return self._limit
+        share = getattr(self.kernel, "warmup_share", _WARMUP_SHARE)
+        return self._limit - seconds * (1 - share * (self.phase + 1) / len(self.phases))
+
     def _why_no_draws(self) -> list[str]:
         if self.interrupted:
             return []
         where = "warm-up left nothing of" if self.warmed else "warm-up, still unfinished, spent"
-        return [f"there are no draws: {where} the budget; raise it, or take fewer than {self.config['chains']} chains"]
+        chains, cost = self.config["chains"], self.kernel.gradients_per_step
+        return [
+            f"there are no draws: {where} the budget; raise it, or take fewer than {chains} chains (one draw of all chains "
+            f"costs {chains} x {cost} gradient calls, and a warm-up should make some hundred iterations)"
+        ]
 
     def _snapshot(self) -> _Mark:
         return _Mark(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from noisewise.errors import InvalidInput
+from noisewise.errors import InvalidInput, NoisewiseError
 from noisewise.typing import check_count
 
 __all__ = ["Target", "TorchTarget", "as_target", "check_start", "check_target"]
@@ -173,7 +173,15 @@ def check_target(target: Target, x: Float[Tensor, "chain dim"]) -> tuple[Tensor,
     own: Any = getattr(target, "chains", None)
     if own is not None and own != chains:
         raise InvalidInput(f"the target has a density of its own for each of {own} chains, but {chains} were started")
-    value, score = target.log_prob_and_score(x)
+    try:
+        value, score = target.log_prob_and_score(x)
+    except NoisewiseError:
+        raise
+    except Exception as error:  # whatever the user's own function raises
+        raise InvalidInput(
+            f"log_prob failed on points of shape [{chains}, {dim}]: {type(error).__name__}: {error}; it must be torch "
+            f"operations on x, and dim={dim} must be its number of coordinates (for NumPy or JAX: from_numpy, from_jax)"
+        ) from error
     if value.shape != (chains,):
         shown = tuple(value.shape)
         advice = {

@@ -1,6 +1,5 @@
 """An outcome of the comparison: what a system drew, and how the one loop makes it."""
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from noisewise.errors import NoisewiseWarning
 from noisewise.sampling.loop import sample
 from noisewise.typing import Cost
 
-__all__ = ["Outcome", "outcome_of", "run_kernel", "share_floor", "thinned"]
+__all__ = ["Outcome", "outcome_of", "run_kernel", "thinned"]
 
 # of a run that has no warm-up, this share of its first draws is dropped
 _BURN_IN = 0.1
@@ -65,8 +64,3 @@ def thinned(positions: Tensor, rows: int) -> Tensor:
     keep = min(max(rows // chains, 1), draws)
     index = torch.linspace(0, draws - 1, keep, dtype=torch.float64).round().long()
     return positions[:, index].reshape(-1, positions.shape[-1])[:rows]
-
-
-def share_floor(weight: float, n: int) -> float:
-    """Mean absolute error of the share of `n` exact draws in a mode of this weight, by the normal limit."""
-    return math.sqrt(2 * weight * (1 - weight) / (math.pi * n))
