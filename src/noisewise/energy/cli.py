@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EnergyMethod", "energy_app", "read_table"]
 
+# above this many columns a full covariance per row is not worth its price
+_LARGEST_FULL = 200
 # beside config.json and model.safetensors, so that `from_pretrained` reads the folder itself
 _COMMAND, _RUN, _REPORT = "command.json", "run", "report.txt"
 
@@ -77,7 +79,7 @@ def sample_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
-    """Draw rows from a fitted model; those of a dsm model are denoised draws of its noisy density (walk-jump)."""
+    """Draw rows from a fitted model; those of a dsm model are draws of its noisy density, denoised by a Gaussian."""
     from noisewise.energy.mixture import MixtureScoreMatching
 
     n = check_count("-n", n)
@@ -159,6 +161,8 @@ def _fit_dsm(
 def _sample_dsm(folder: Path, command: dict[str, Any], n: int, seed: int) -> "torch.Tensor":
     import torch
 
+    from noisewise.denoising.models import Energy
+    from noisewise.denoising.moments import gaussian_posterior
     from noisewise.energy.network import EnergyNet
     from noisewise.sampling.loop import sample
     from noisewise.targets.target import TorchTarget
@@ -171,9 +175,9 @@ def _sample_dsm(folder: Path, command: dict[str, Any], n: int, seed: int) -> "to
     start = torch.randn(chains, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     made = sample(TorchTarget(net.log_prob, len(mean)), init=start, draws=-(-n // chains), seed=seed)
     noisy = made.positions.transpose(0, 1).reshape(-1, len(mean))[:n]
-    a, s = net.corruption.a, net.corruption.s
-    with torch.no_grad():
-        return (noisy + s**2 * net.score(noisy)) / a * scale + mean
+    covariance = "full" if len(mean) <= _LARGEST_FULL else "krylov"
+    posterior = gaussian_posterior(Energy(net), noisy, net.corruption, covariance=covariance)
+    return posterior.sample(torch.Generator().manual_seed(seed)) * scale + mean
 
 
 def _read_command(folder: Path) -> dict[str, Any]:
