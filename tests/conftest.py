@@ -2,6 +2,7 @@
 
 import os
 
+import jaxtyping
 import pytest
 import torch
 
@@ -21,3 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def shapes_unchecked(monkeypatch):
+    """Long statistical runs go without the run-time shape checks, which more than double their time."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from every_kernel import seeded
 
+from noisewise.errors import InvalidInput
 from noisewise.noise import NoiseSchedule
 from noisewise.sampling import HMC, MALA, DiGS, ParallelTempering, sample
 from noisewise.sampling.adaptation import dual_averaging, dual_averaging_start, score_metric
@@ -79,10 +80,32 @@ def test_settings_that_were_given_are_not_adapted():
     for kernel in (MALA(GAUSSIAN, step_size=0.123), HMC(GAUSSIAN, step_size=0.123)):
         run = sample(kernel, chains=10, draws=3, warmup=50, progress=False)
         assert float(run.settings["step_size"]) == pytest.approx(0.123)
-        assert run.cost.gradients == 10 * (1 + 3 * kernel.gradients_per_step)
+        # the warm-up that was asked for is made all the same, and discarded
+        assert run.cost.gradients == 10 * (1 + 53 * kernel.gradients_per_step)
 
 
 def test_a_given_metric_is_kept_while_the_step_size_adapts():
     metric = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     run = sample(MALA(GAUSSIAN, metric=metric), chains=50, draws=3, warmup=100, progress=False)
     assert torch.equal(run.settings["metric"], metric)
+
+
+def test_a_warm_up_that_adapts_nothing_still_forgets_the_starts():
+    # from 100 deviations off, fixed steps of .5 need some hundred iterations
+    run = sample(HMC(GAUSSIAN, step_size=0.5), init=torch.full((50, 5), 100.0), draws=20, warmup=300, progress=False)
+    assert float(run.positions.abs().max()) < 10 * float(GAUSSIAN.covariance().diagonal().max().sqrt())
+
+
+def test_step_sizes_that_were_given_stay_when_schedule_or_ladder_are_open():
+    for kernel in (DiGS(GAUSSIAN, step_size=0.123), DiGS(GAUSSIAN, inner=MALA(GAUSSIAN, step_size=0.123))):
+        run = sample(kernel, chains=10, draws=3, progress=False)
+        assert bool((run.settings["step_size"] == 0.123).all())
+        assert len(run.settings["a"]) == 4
+    betas = [1.0, 0.25]
+    run = sample(
+        ParallelTempering(GAUSSIAN, betas=betas, inner=HMC(GAUSSIAN, step_size=0.1)), chains=10, draws=3, progress=False
+    )
+    # the step of the cold rung, growing as the tempered modes widen
+    torch.testing.assert_close(run.settings["step_size"].double(), torch.tensor([0.1, 0.2], dtype=torch.float64))
+    with pytest.raises(InvalidInput, match="the ladder is open"):
+        ParallelTempering(GAUSSIAN, step_size=0.1)

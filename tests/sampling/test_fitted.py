@@ -271,6 +271,13 @@ def test_a_mode_that_the_fit_does_not_cover_is_warned_of(shapes_unchecked):
     kernel = FittedDiGS(target, reference=one)
     with pytest.warns(NoisewiseWarning, match="next to\\s+no mass"):
         sample(kernel, init=init, draws=200, warmup=50, seed=1, progress=False)
+    # also where most draws are in the missed mode, and lie out of proportion themselves
+    heavy = two_modes(3, weights=(0.1, 0.9), scales=(1.0, 0.4))
+    kernel = FittedDiGS(heavy, reference=GaussianMixture(heavy.means[:1], 1.1))
+    with pytest.warns(NoisewiseWarning, match="next to\\s+no mass"):
+        sample(
+            kernel, init=heavy.mode_means[(torch.arange(40) > 3).long()], draws=200, warmup=50, seed=1, progress=False
+        )
     whole = FittedDiGS(target, reference=GaussianMixture(target.means, 1.1, target.weights))
     assert sample(whole, init=init, draws=200, warmup=50, seed=1, progress=False).warnings == ()
 

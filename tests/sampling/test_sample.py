@@ -93,6 +93,34 @@ def test_thinning_keeps_every_third_state_and_averages_what_happened_between():
     assert third.cost.gradients == every.cost.gradients
 
 
+def test_what_warm_up_had_to_say_is_still_said_after_a_resume_and_a_crash(tmp_path, shapes_unchecked):
+    def said(draws):
+        return any("annealing reached" in text for text in draws.warnings)
+
+    kernel = TemperedSMC(TARGET, mean=0.0, scale=5.0)
+    options = {"init": torch.zeros(50, 2, dtype=torch.float64), "warmup": 2, "seed": 1, "progress": False}
+    first = sample(kernel, draws=3, **options)
+    assert said(first)
+    assert said(first.resume(kernel, 3, progress=False))
+    calls = Interrupted(TARGET)
+    sample(TemperedSMC(calls, mean=0.0, scale=5.0), draws=3, **options)
+    broken = Interrupted(TARGET, calls.calls - 2, RuntimeError)
+    with pytest.raises(RuntimeError):
+        sample(TemperedSMC(broken, mean=0.0, scale=5.0), draws=3, checkpoint=tmp_path / "run", **options)
+    again = sample(
+        TemperedSMC(Interrupted(TARGET), mean=0.0, scale=5.0), draws=3, checkpoint=tmp_path / "run", **options
+    )
+    assert said(again)
+
+
+def test_a_saved_run_goes_on_as_a_checkpoint(tmp_path):
+    kernel = EVERY["MALA"](TARGET)
+    run(kernel, 4).save(tmp_path / "run")
+    assert_identical(run(kernel, 9, checkpoint=tmp_path / "run"), run(kernel, 9))
+    # fewer draws than a folder holds: nothing is thrown away
+    assert run(kernel, 2, checkpoint=tmp_path / "run").positions.shape[1] == 9
+
+
 def test_resuming_needs_the_same_kernel_and_the_same_target():
     draws = run(EVERY["MALA"](TARGET), 3)
     with pytest.raises(InvalidInput, match="kernel of the first run"):
@@ -159,7 +187,8 @@ def test_seconds_are_a_budget_too(name, monkeypatch, shapes_unchecked):
 def test_draws_and_budget_together_stop_at_the_first():
     kernel = EVERY["MALA"](TARGET)
     assert run(kernel, 5, budget=8 * 1000).positions.shape[1] == 5
-    assert run(kernel, 500, budget=8 * (1 + 3 * 20)).positions.shape[1] == 20
+    # of twenty affordable iterations, twelve are the warm-up that `run` asks for
+    assert run(kernel, 500, budget=8 * (1 + 3 * 20)).positions.shape[1] == 8
 
 
 # --- folders
@@ -226,16 +255,16 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 
 class Interrupted(Counting):
-    """Raises KeyboardInterrupt, as Ctrl-C does, at its n-th batched call, once; `calls` counts them."""
+    """Raises KeyboardInterrupt, as Ctrl-C does, or another `error` at its n-th batched call, once; `calls` counts them."""
 
-    def __init__(self, target, at=0):
+    def __init__(self, target, at=0, error=KeyboardInterrupt):
         super().__init__(target)
-        self.at, self.calls = at, 0
+        self.at, self.calls, self.error = at, 0, error
 
     def log_prob_and_score(self, x):
         self.calls += 1
         if self.calls == self.at:
-            raise KeyboardInterrupt
+            raise self.error
         return super().log_prob_and_score(x)
 
 

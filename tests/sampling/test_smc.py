@@ -115,3 +115,21 @@ def test_the_bill_counts_the_particles_drawn_from_the_reference():
 def test_settings_out_of_range_are_refused(options, said):
     with pytest.raises(InvalidInput, match=said):
         TemperedSMC(two_modes(2), **options)
+
+
+def test_particles_outside_the_support_are_left_behind(shapes_unchecked):
+    # N(0, 1) particles for Beta(2, 2) on the unit interval: two thirds of them have no density
+    def log_prob(x):
+        x = x[..., 0]
+        inside = (x > 0) & (x < 1)
+        safe = torch.where(inside, x, 0.5)
+        return torch.where(inside, (6 * safe * (1 - safe)).log(), -torch.inf)
+
+    target = as_target(log_prob, dim=1)
+    run = sample(TemperedSMC(target, mean=0.0, scale=1.0), init=torch.full((2000, 1), 0.5), draws=3, progress=False)
+    assert float(run.final.state["beta"]) == 1
+    x = run.positions[:, -1, 0]
+    assert bool(((x > 0) & (x < 1)).all())
+    assert float(x.mean()) == pytest.approx(0.5, abs=5 * (1 / 20 / 2000) ** 0.5)
+    # log of the integral of a normalised density
+    assert float(run.final.state["log_normalizer"]) == pytest.approx(0, abs=0.2)

@@ -1,6 +1,7 @@
 """One small energy network, fitted by each of the losses that an expert would ask for; all share reference and scale."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from noisewise.energy.mixture import MixtureScoreMatching
 from noisewise.energy.network import EnergyNet
 from noisewise.energy.reference import gaussian_reference
 from noisewise.energy.training import fit_energy
+from noisewise.errors import NoisewiseWarning
 from noisewise.noise import Corruption
 from noisewise.typing import Cost
 
@@ -51,7 +53,7 @@ def density_systems(
     """
 
     def of(loss_of: Callable[[Any, Tensor], Loss | str], corruption: float | None = None) -> Callable[..., Any]:
-        def draw(budget: float, seed: int, weight_decay: float) -> Any:
+        def draw(budget: float | int, seed: int, weight_decay: float) -> Any:
             x = data(seed)
             mean, scale = x.mean(0), x.std(0)
             z = (x - mean) / scale
@@ -68,11 +70,14 @@ def density_systems(
         return draw
 
     def mfd(beta: float) -> Callable[..., Any]:
-        def draw(budget: float, seed: int, weight_decay: float) -> Any:
+        def draw(budget: float | int, seed: int, weight_decay: float) -> Any:
             model = MixtureScoreMatching(
                 beta=beta, hidden=hidden, steps=int(budget), batch_size=_BATCH, learning_rate=_RATE,
                 weight_decay=weight_decay, clip=_CLIP, seed=seed,
-            ).fit(data(seed))  # fmt: skip
+            )  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoisewiseWarning)  # they are notes of the row
+                model.fit(data(seed))
             density = Density(model.score_samples, model.cost_, model.negative_mass_, tuple(model.warnings_))
             return wrap(density, seed)
 

@@ -97,10 +97,11 @@ def judge(fitted: Fitted) -> dict[str, Measurement]:
     with torch.no_grad():
         log_p = truth.log_prob(nodes).double()
         log_q = torch.cat([fitted.log_density(part) for part in nodes.split(20_000)]).double()
-    log_q = log_q - log_q.logsumexp(0) - math.log(volume)
+    # both on the same nodes, so that a density is at distance zero from itself
+    log_p, log_q = (value - value.logsumexp(0) - math.log(volume) for value in (log_p, log_q))
     log_q = log_q.clamp(min=_LEAST_LOG_DENSITY)
     p = log_p.exp() * volume
-    kl = float((p * (log_p - log_q)).sum() / p.sum())
+    kl = float((p * (log_p - log_q)).sum())
     member = torch.nn.functional.one_hot(truth.label(nodes), len(truth.weights)).double()
     weights = (log_q.exp() * volume) @ member
     weights = weights / weights.sum()

@@ -100,7 +100,7 @@ def _floors(toy: Toy, n: int) -> tuple[float, float]:
 def learned_gaussian(setup: Callable[[int], Setup], training: int) -> System:
     """A denoiser that is a network for mean and deviations, trained by the likelihood of a diagonal Gaussian."""
 
-    def draw(budget: float, seed: int) -> Drawn:
+    def draw(budget: float | int, seed: int) -> Drawn:
         begin, s = time.monotonic(), setup(seed)
         net = _fit_gaussian(s.data, s.noise, training, seed)
         generator = torch.Generator().manual_seed(seed)
@@ -150,7 +150,7 @@ def _official(toy: Toy, scale: str) -> Problem:
         return Setup(model, Corruption(1.0, 0.2), start, data, seed)
 
     def chain(covariance: str) -> Callable[..., Drawn]:
-        def draw(budget: float, seed: int) -> Drawn:
+        def draw(budget: float | int, seed: int) -> Drawn:
             from noisewise.denoising.moments import isotropic_variance
 
             s = setup(seed)

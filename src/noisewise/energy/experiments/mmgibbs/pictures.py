@@ -59,7 +59,7 @@ def images_plot(x: torch.Tensor) -> "Figure":
     shown = x[: _ROWS * _COLUMNS].reshape(-1, side, side)
     figure = require("matplotlib.figure", "sampling").Figure(figsize=(6.5, 2.7), layout="constrained", dpi=110)
     for axes, image in zip(figure.subplots(_ROWS, _COLUMNS).flatten(), shown, strict=False):
-        axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1)
     for axes in figure.axes:
         axes.set_axis_off()
     return figure

@@ -63,7 +63,7 @@ def gibbs_systems(
     """
 
     def gibbs(covariance: str) -> Callable[..., Drawn]:
-        def draw(budget: float, seed: int) -> Drawn:
+        def draw(budget: float | int, seed: int) -> Drawn:
             s = setup(seed)
             variance = None
             if covariance == "isotropic":
@@ -74,7 +74,7 @@ def gibbs_systems(
         return draw
 
     def walk(kind: Any) -> Callable[..., Drawn]:
-        def draw(budget: float, seed: int, step_size: float) -> Drawn:
+        def draw(budget: float | int, seed: int, step_size: float) -> Drawn:
             s = setup(seed)
             kernel = kind(s.model, s.noise, step_size=step_size * s.noise.s**2)
             return _run(kernel, s, _LANGEVIN_STEPS * int(budget))
@@ -101,7 +101,7 @@ def _run(kernel: Any, setup: Setup, steps: int) -> Drawn:
 def exact_gibbs(target: GaussianMixture, setup: Callable[[int], Setup]) -> System:
     """Gibbs sampling with the true p(x | x_t) of a mixture: what the best denoiser could do."""
 
-    def draw(budget: float, seed: int) -> Drawn:
+    def draw(budget: float | int, seed: int) -> Drawn:
         begin, s = time.monotonic(), setup(seed)
         generator = torch.Generator().manual_seed(seed)
         x, kept = s.start, []
