@@ -30,7 +30,7 @@ def quadrature(p, q, m, beta):
     x = torch.linspace(-25, 25, 8001, dtype=F64)[:, None]
     bridged = [lambda y, d=d: -mixture_log_prob(d.log_prob(y), m.log_prob(y), beta) for d in (p, q)]
     difference = score_of(bridged[0], x) - score_of(bridged[1], x)
-    return float(((-bridged[0](x)).exp() * difference.square().sum(1) / 2).sum() * 50 / 8000)
+    return float(((-bridged[0](x)).exp() * difference.detach().square().sum(1) / 2).sum() * 50 / 8000)
 
 
 def test_the_fisher_divergence_is_blind_where_the_mixture_divergence_sees():

@@ -11,6 +11,7 @@ from torch import nn
 
 from noisewise.energy import EnergyNet, MixtureScoreMatching, fit_energy, student_t_reference
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
+from noisewise.networks import MLP
 from noisewise.sampling import ParallelTempering
 from noisewise.targets import GaussianMixture
 
@@ -128,9 +129,7 @@ def test_the_other_normalisers_agree_with_the_bridge(fitted, normalizer):
 def test_a_student_reference_an_own_one_and_an_own_network_fit_too():
     x = rows(2000)
     share = float((x < 0).double().mean())
-    own = nn.Sequential(nn.Linear(1, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 1))
-    EnergyNet(1, net=own)
-    flat = nn.Sequential(own, nn.Flatten(0))
+    flat = nn.Sequential(MLP(1, 1, hidden=16, depth=2, seed=1), nn.Flatten(0))
     start = [p.clone() for p in flat.parameters()]
     distribution = torch.distributions.MultivariateNormal(torch.tensor([2.4], dtype=F64), 12 * torch.eye(1, dtype=F64))
     for options in (

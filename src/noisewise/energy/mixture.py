@@ -153,7 +153,7 @@ class MixtureScoreMatching:
         self.clusters_: Clusters = find_clusters(z, generator)
         per_row = (1 - self.beta) / self.beta
         self.gaps_: list[Gap] = find_gaps(self.clusters_, lambda n: reference.sample(n, generator), per_row * len(rows))
-        energy = self._make_energy(reference, z.shape[1])
+        energy = self._make_energy(reference, z.shape[1]).to(z.device)
         result = fit_energy(
             energy, z, bridge_score_matching(reference, self.beta, self.trace), steps=self.steps,
             batch_size=self.batch_size, learning_rate=self.learning_rate, weight_decay=self.weight_decay, ema=self.ema,
