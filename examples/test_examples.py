@@ -14,8 +14,8 @@ from noisewise.targets import gmm40, posteriordb_mixture
 
 
 def test_the_first_run_finds_all_forty_modes(capsys):
-    draws = first_run.main(budget=8e4)
-    assert draws.cost.gradients <= 8e4
+    draws = first_run.main(budget=1.6e5)
+    assert draws.cost.gradients <= 1.6e5
     weights = mode_weights(draws.positions, gmm40().mode_means).weights
     assert (weights > 0).all()
     assert 0.5 * (weights - 1 / 40).abs().sum() < 0.1
@@ -24,7 +24,7 @@ def test_the_first_run_finds_all_forty_modes(capsys):
 
 def test_on_the_own_density_plain_digs_warns_and_the_default_is_right():
     with pytest.warns(NoisewiseWarning, match="modes"):
-        plain, default = own_density.main(budget=6e4)
+        plain, default = own_density.main(budget=1e5)
     centres = torch.stack([-own_density.RIGHT, own_density.RIGHT])
     assert plain.warnings
     assert mode_weights(plain.positions, centres).weights[1] < 0.1
@@ -53,7 +53,7 @@ def test_the_error_bars_of_digits_are_right_and_knowing_correlations_pays():
 
 
 def test_one_noisy_model_gives_samples_nearer_to_the_rings_than_its_data():
-    found = clean_from_noisy.main(steps=600, chains=500)
+    found = clean_from_noisy.main(steps=1500, chains=1000)
 
     def off(x):
         radius = x.norm(dim=-1)
@@ -62,7 +62,7 @@ def test_one_noisy_model_gives_samples_nearer_to_the_rings_than_its_data():
     noisy = off(found["noisy data"])
     for name in ("denoising Gibbs", "walk-jump"):
         gain = noisy.mean() - off(found[name]).mean()
-        assert gain > 4 * (noisy.var() / 500 + off(found[name]).var() / 500).sqrt()
+        assert gain > 4 * (noisy.var() / 1000 + off(found[name]).var() / 1000).sqrt()
         # both rings are there
         inner = (found[name].norm(dim=-1) < 0.975).double().mean()
         assert 0.35 < inner < 0.65
