@@ -10,9 +10,9 @@ from noisewise.energy.bridged import Bridged, ResidualEnergy
 from noisewise.energy.gaps import Clusters, Gap
 from noisewise.energy.network import EnergyNet
 from noisewise.energy.normalizer import LogNormalizer
-from noisewise.energy.pretrained import read_pretrained, write_pretrained
 from noisewise.energy.reference import Rescaled, StudentT, as_reference
 from noisewise.errors import RunFolderError
+from noisewise.pretrained import read_pretrained, write_pretrained
 from noisewise.typing import Cost
 
 __all__ = ["load", "save"]

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from noisewise.energy.pretrained import read_pretrained, write_pretrained
 from noisewise.errors import InvalidInput, RunFolderError
 from noisewise.networks.mlp import MLP, check_smooth
 from noisewise.noise import Corruption
+from noisewise.pretrained import read_pretrained, write_pretrained
 from noisewise.typing import check_count, check_positive
 
 __all__ = ["EnergyNet", "check_curvature", "score_of"]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from noisewise.energy.losses import check_trace, dsm_loss, score_matching_loss
 from noisewise.energy.network import check_curvature
-from noisewise.energy.progress import FitReporter
 from noisewise.errors import InvalidInput, NoisewiseError
 from noisewise.networks.mlp import check_smooth
 from noisewise.noise import Corruption
+from noisewise.progress import Reporter
 from noisewise.runs import RunFolder
 from noisewise.typing import Cost, check_count, check_positive
 
@@ -183,7 +183,7 @@ class _Fit:
         hook = self.net.register_forward_hook(self._count)
         interrupted = False
         try:
-            with FitReporter(show) as reporter, _gentle_interrupt() as stop:
+            with Reporter(show) as reporter, _gentle_interrupt() as stop:
                 while self.step < self.plan.steps and not stop.is_set() and time.monotonic() - begin < limit:
                     state = self.generator.get_state()
                     try:
@@ -194,7 +194,7 @@ class _Fit:
                         stop.set()
                         break
                     shown = self.history[-1] if self.history else None
-                    reporter.show(self.step, self.plan.steps, shown)
+                    reporter.show("fitting step", self.step, self.plan.steps, _losses(shown))
                     self.cost = replace(self.cost, seconds=spent + time.monotonic() - begin)
                     if folder is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
                         folder.checkpoint(*self.packed())
@@ -384,3 +384,9 @@ def _fingerprint(tensors: list[Tensor]) -> float:
     """One number that differs between different contents, so that a checkpoint is not continued from others."""
     flat = torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors])
     return float((flat * torch.linspace(1, 2, len(flat), dtype=torch.float64)).sum())
+
+
+def _losses(entry: dict[str, float | None] | None) -> str:
+    """The latest entry of a history in words."""
+    pairs = [] if entry is None else [(name, entry[name]) for name in ("loss", "validation")]
+    return ", ".join(f"{name} {value:.4g}" for name, value in pairs if value is not None)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
+from noisewise.progress import Reporter
 from noisewise.runs import RunFolder
 from noisewise.sampling.adaptation import BurnIn
 from noisewise.sampling.diagnostics import diagnose
 from noisewise.sampling.draws import KIND, Draws, Final, pack, part, unpack
 from noisewise.sampling.kernel import ChainState
-from noisewise.sampling.progress import Reporter
 from noisewise.targets.target import check_start, check_target
 from noisewise.typing import Cost
 
@@ -193,7 +193,7 @@ class Run:
             warnings.simplefilter("always", NoisewiseWarning)
             # kept as they come, so that every checkpoint has them; shown once, at the end
             warnings.showwarning = self._keep(warnings.showwarning)
-            reporter = Reporter(show, self)
+            reporter = Reporter(show)
             try:
                 with reporter:
                     self._warm_up(reporter)
@@ -243,7 +243,9 @@ class Run:
                     self.kernel, self.state, info, self.memory, self.index, self.steps
                 )
                 self.index += 1
-                reporter.show(f"warm-up {self.phase + 1}/{len(self.phases)}", self.index, self.steps)
+                reporter.show(
+                    f"warm-up {self.phase + 1}/{len(self.phases)}", self.index, self.steps, self._bill_so_far()
+                )
                 self._save_now_and_then()
             if not self._affordable(0, phase.closing_gradients):
                 return
@@ -317,7 +319,7 @@ class Run:
                 per_draw = self.config["chains"] * self.plan.thin * self.kernel.gradients_per_step
                 affordable = self._count + int((budget.gradients - self.cost.gradients) // max(per_draw, 1))
                 total = affordable if wanted is None else min(wanted, affordable)
-            reporter.show("draws", self._count, total)
+            reporter.show("draws", self._count, total, self._bill_so_far())
             self._save_now_and_then()
 
     def _record(self, infos: list[Any]) -> None:
@@ -335,6 +337,9 @@ class Run:
             else:
                 row[name] = column[0] if len(column) == 1 else torch.stack(column).mean(0)
         self.rows.append(row)
+
+    def _bill_so_far(self) -> str:
+        return f"{self.cost.gradients:.3g} gradients"
 
     def _affordable(self, iterations: int, closing: int = 0) -> bool:
         budget, chains = self.plan.budget.gradients, self.config["chains"]
