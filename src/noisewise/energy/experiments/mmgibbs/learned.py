@@ -31,6 +31,7 @@ _CHAINS = {"quick": 500, "cpu": 4000, "paper": 10_000}
 _STEPS = {"quick": 12, "cpu": 60, "paper": 200}
 _ROWS, _BATCH, _RATE = 10_000, 256, 2e-3
 _TRANSPORTED = 2000
+_LOG_DEVIATIONS = (-7.0, 1.0)
 _COVERINGS = ("full", "diagonal", "hutchinson", "isotropic", "krylov")
 _OFFICIAL_STEPS, _OFFICIAL_DRAWS = 10_000, 10_000
 
@@ -107,7 +108,7 @@ def learned_gaussian(setup: Callable[[int], Setup], training: int) -> System:
         x, kept = s.start, []
         with torch.no_grad():
             for step in range(1, int(budget) + 1):
-                mean, log_sd = net(s.noise.corrupt(x, generator)).chunk(2, -1)
+                mean, log_sd = _moments(net, s.noise.corrupt(x, generator))
                 x = mean + log_sd.exp() * torch.randn(x.shape, generator=generator)
                 if step % max(int(budget) // KEPT, 1) == 0:
                     kept.append(x)
@@ -125,7 +126,7 @@ def _fit_gaussian(data: Tensor, noise: Corruption, steps: int, seed: int) -> MLP
     generator = torch.Generator().manual_seed(seed + 2)
     for _ in range(steps):
         x = data[torch.randint(len(data), (_BATCH,), generator=generator)]
-        mean, log_sd = net(noise.corrupt(x, generator)).chunk(2, -1)
+        mean, log_sd = _moments(net, noise.corrupt(x, generator))
         loss = (0.5 * ((x - mean) / log_sd.exp()).square() + log_sd).sum(-1).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -133,6 +134,12 @@ def _fit_gaussian(data: Tensor, noise: Corruption, steps: int, seed: int) -> MLP
         optimiser.step()
         schedule.step()
     return net
+
+
+def _moments(net: MLP, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log deviation; the latter bounded, or a chain that strays from the data is blown away for good."""
+    mean, log_sd = net(x_t).chunk(2, -1)
+    return mean, log_sd.clamp(*_LOG_DEVIATIONS)
 
 
 def official(scale: str, device: str) -> tuple[Problem, ...]:
