@@ -154,3 +154,15 @@ def test_two_rows_for_one_seed_are_refused():
     row = Row("A", "P", 0, {})
     with pytest.raises(InvalidInput, match="seed 0"):
         Results("digs", "quick", "c", [row, row])
+
+
+def test_what_only_describes_has_no_winner():
+    rows = [
+        Row(system, "p", seed, {"share": Measurement(value + seed / 1000, better="neither")})
+        for system, value in (("a", 0.9), ("b", 0.7))
+        for seed in range(3)
+    ]
+    for entry in Results("m", "cpu", "c", rows).summary():
+        assert entry.decided == frozenset()
+        for pair in entry.differences.values():
+            assert pair.better is None

@@ -92,7 +92,9 @@ def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             raise InvalidInput(f"{name} has no draws")
         if not torch.isfinite(sample).all():
             row = int((~torch.isfinite(sample)).any(-1).nonzero()[0])
-            raise InvalidInput(f"row {row} of {name} is not finite: {sample[row].tolist()}")
+            shown = ", ".join(f"{value:g}" for value in sample[row][:4].tolist())
+            more = ", ..." if sample.shape[1] > 4 else ""
+            raise InvalidInput(f"row {row} of {name} is not finite: [{shown}{more}]")
     if x.shape[1] != y.shape[1]:
         raise InvalidInput(f"x has {x.shape[1]} coordinates and y has {y.shape[1]}; both samples need the same")
     x, y = x.detach().double(), y.detach().to(x.device).double()
