@@ -2,6 +2,7 @@
 
 import clean_from_noisy
 import first_run
+import mixture_ksd
 import own_density
 import posterior
 import posterior_uncertainty
@@ -66,3 +67,13 @@ def test_one_noisy_model_gives_samples_nearer_to_the_rings_than_its_data():
         # both rings are there
         inner = (found[name].norm(dim=-1) < 0.975).double().mean()
         assert 0.35 < inner < 0.65
+
+
+def test_a_mixed_stein_test_sees_weights_that_the_plain_one_does_not_and_little_where_modes_are_far():
+    found = mixture_ksd.main(repeats=20)
+    # of twenty tests at level .05, more than four rejections have probability below .003
+    assert all(share <= 0.2 for (_, _, left), pair in found.items() if left == 0.5 for share in pair)
+    plain, mixed = found[3.0, 3.0, 0.25]
+    assert mixed >= plain + 0.3
+    # the limit that the page states: at twice the distance little is gained
+    assert found[6.0, 6.0, 0.25][1] < mixed
