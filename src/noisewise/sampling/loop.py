@@ -13,7 +13,8 @@ from noisewise.runs import RunFolder
 from noisewise.sampling.draws import KIND, Draws
 from noisewise.sampling.fitted import FittedDiGS
 from noisewise.sampling.kernel import Kernel
-from noisewise.sampling.run import Budget, Plan, Run, moved_to, seeded
+from noisewise.sampling.plan import Budget, Plan
+from noisewise.sampling.run import Run, moved_to, seeded
 from noisewise.targets.target import Target, as_target
 from noisewise.typing import check_count
 

@@ -17,42 +17,17 @@ from noisewise.sampling.adaptation import BurnIn
 from noisewise.sampling.diagnostics import diagnose
 from noisewise.sampling.draws import KIND, Draws, Final, pack, part, unpack
 from noisewise.sampling.kernel import ChainState
+from noisewise.sampling.plan import Plan
 from noisewise.targets.target import check_start, check_target
 from noisewise.typing import Cost
 
-__all__ = ["Budget", "Plan", "Run", "moved_to", "seeded"]
+__all__ = ["Run", "moved_to", "seeded"]
 
 _DEFAULT_DRAWS = 1000
 # value-and-gradient calls per chain of a warm-up that nobody sized
 _DEFAULT_WARMUP = 2000
 _WARMUP_SHARE = 0.2
 _CHECKPOINT_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a run may use, warm-up included: value-and-gradient calls over all chains, or seconds of wall time, or both.
-
-    Only a budget in gradients gives the same draws on every machine.
-    """
-
-    gradients: float | int | None = None
-    seconds: float | int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("gradients", self.gradients), ("seconds", self.seconds)):
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise InvalidInput(f"budget: {name} must be above 0, got {value!r}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to do."""
-
-    draws: int | None
-    warmup: int
-    thin: int
-    budget: Budget
 
 
 class _Mark(NamedTuple):
