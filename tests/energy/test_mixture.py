@@ -126,7 +126,7 @@ def test_the_other_normalisers_agree_with_the_bridge(fitted, normalizer):
 
 
 @pytest.mark.slow
-def test_a_student_reference_an_own_one_and_an_own_network_fit_too():
+def test_a_student_reference_an_own_one_and_an_own_network_fit_too(shapes_unchecked):
     x = rows(2000)
     share = float((x < 0).double().mean())
     flat = nn.Sequential(MLP(1, 1, hidden=16, depth=2, seed=1), nn.Flatten(0))
@@ -150,7 +150,7 @@ def test_a_student_reference_an_own_one_and_an_own_network_fit_too():
 
 
 @pytest.mark.slow
-def test_draws_have_the_weights_of_the_model(fitted):
+def test_draws_have_the_weights_of_the_model(fitted, shapes_unchecked):
     draws = fitted.sample(2000, seed=1)
     assert draws.shape == (2000, 1)
     share = float((draws < 0).double().mean())
@@ -171,7 +171,7 @@ def test_another_kernel_draws_too(fitted):
 
 
 @pytest.mark.slow
-def test_the_blindness_check_compares_seeds(fitted):
+def test_the_blindness_check_compares_seeds(shapes_unchecked, fitted):
     seen = fitted.blindness_check(2)
     assert seen.weights.shape == (2, 2)
     assert torch.allclose(seen.weights.sum(1), torch.ones(2, dtype=F64))
@@ -317,7 +317,7 @@ def test_nothing_works_before_fit_and_other_columns_are_named(fitted):
 
 
 @pytest.mark.slow
-def test_the_mixture_sees_the_weights_that_score_matching_misses():
+def test_the_mixture_sees_the_weights_that_score_matching_misses(shapes_unchecked):
     seen, blind = [], []
     for seed in range(5):
         x = rows(10_000, seed)
