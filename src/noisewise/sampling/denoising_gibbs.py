@@ -86,7 +86,6 @@ class DenoisingGibbs:
     correct: bool = False
     force: bool = False
     dim: int | None = None
-    energies_per_step = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_model(self.model))
@@ -125,6 +124,11 @@ class DenoisingGibbs:
         if self.covariance not in products and self.dim is None:
             raise InvalidInput(f"the cost of covariance={self.covariance!r} depends on the dimension: give dim=")
         return 1 + products.get(self.covariance, self.dim or 0)
+
+    @property
+    def energies_per_step(self) -> int:
+        """The correction needs the log density of each proposal."""
+        return int(self.correct)
 
     @property
     def gradients_at_start(self) -> int:

@@ -93,7 +93,8 @@ def _measure(full: functools._lru_cache_wrapper, drawn: Drawn) -> dict[str, Meas
     }
     if drawn.covariance is not None:
         found["covariances clamped"] = Measurement(drawn.clipped or 0.0, floor=0.0, n=len(x))
-    if drawn.covariance not in (None, "none"):
+    # the matrix of a Krylov covariance is formed without its rank: only draws show what it approximates
+    if drawn.covariance not in (None, "none", "krylov"):
         found["predicted over squared residuals"], found["error of the covariance"] = _calibration(
             drawn.setup.model, drawn.covariance, seed
         )

@@ -102,7 +102,7 @@ def exact_gibbs(target: GaussianMixture, setup: Callable[[int], Setup]) -> Syste
     """Gibbs sampling with the true p(x | x_t) of a mixture: what the best denoiser could do."""
 
     def draw(budget: float | int, seed: int) -> Drawn:
-        begin, s = time.monotonic(), setup(seed)
+        s, begin = setup(seed), time.monotonic()
         generator = torch.Generator().manual_seed(seed)
         x, kept = s.start, []
         for step in range(1, int(budget) + 1):
