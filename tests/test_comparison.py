@@ -1,12 +1,12 @@
 """The run of every comparison: rows kept at once, tuning on a seed of its own, arguments checked before any work."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from noisewise.comparison import TUNING_SEED, Comparison, Problem, System
+from noisewise.comparison import TUNING_SEED, Comparison, Problem, System, tune
 from noisewise.errors import InvalidInput, RunFolderError
 from noisewise.metrics.measurement import Measurement
 from noisewise.typing import Cost
@@ -68,6 +68,17 @@ def test_tuning_takes_the_best_setting_on_its_own_seed_and_says_what_it_tried(tm
     assert "toy, 1 seed" in page
 
 
+def test_tuning_takes_the_mean_over_as_many_seeds_as_the_problem_asks_for(tmp_path):
+    calls = []
+    problem = replace(toy(calls), tuning_seeds=3)
+    settings = problem.systems[1].settings
+    assert tune(problem, problem.systems[1], tmp_path) == {"width": 1.0}
+    assert calls == [(seed, s["width"]) for s in settings for seed in range(TUNING_SEED, TUNING_SEED + 3)]
+    scores = [entry["score"] for entry in json.loads(next(tmp_path.iterdir()).read_text())["tried"]]
+    alone = [float(problem.measure(problem.systems[1].draw(1, seed, width=3.0))["gap"]) for seed in (100, 101, 102)]
+    assert scores[0] == pytest.approx(sum(alone) / 3, rel=1e-12)
+
+
 def test_torch_has_its_threads_back(tmp_path):
     before = torch.get_num_threads()
     try:
@@ -84,7 +95,7 @@ def test_torch_has_its_threads_back(tmp_path):
         ({"scale": "huge"}, "'huge'"),
         ({"protocols": ("A", "Z")}, "A, Z"),
         ({"protocols": ()}, "none"),
-        ({"seeds": (TUNING_SEED,)}, "tuning seed"),
+        ({"seeds": (TUNING_SEED,)}, "belong to tuning"),
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )

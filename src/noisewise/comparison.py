@@ -25,8 +25,9 @@ from noisewise.typing import Cost, check_count
 
 __all__ = ["TUNING_SEED", "Comparison", "Outcome", "Pictures", "Problem", "System", "tune"]
 
-# settings are chosen on this seed, which is never reported, and at this share of the budget
+# settings are chosen on this seed (and as many after it as a problem asks for), never reported, at this share of the budget
 TUNING_SEED = 100
+_LAST_TUNING_SEED = 109
 _TUNING_SHARE = 0.5
 
 Pictures = Mapping[tuple[str, str], dict[str, Any]]
@@ -65,7 +66,7 @@ class Problem:
     """One problem. `measure(outcome)` gives the measurements; `criterion` names the one that tuning looks at.
 
     `picture(outcome)`: JSON values that the report draws. `notes`: what to say of the problem. `better`: which way the
-    criterion is better.
+    criterion is better. `tuning_seeds`: how many seeds tuning takes the mean over, at most 10.
     """
 
     protocol: str
@@ -77,6 +78,12 @@ class Problem:
     picture: Callable[[Any], dict[str, Any]] = lambda outcome: {}
     notes: tuple[str, ...] = ()
     better: str = "lower"
+    tuning_seeds: int = 1
+
+    @property
+    def seeds_of_tuning(self) -> tuple[int, ...]:
+        """The seeds that its settings are chosen on."""
+        return tuple(range(TUNING_SEED, TUNING_SEED + self.tuning_seeds))
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Comparison:
         default the method's own. `out`: folder of rows/, tuning/, results.json and report.html, by default
         runs/compare-METHOD-SCALE; several processes may share it on different protocols. `protocols`: names, all but the
         optional ones by default. Torch runs on one thread meanwhile. Raises `InvalidInput` for an unknown scale or protocol
-        and for seed 100, which belongs to tuning; `RunFolderError` for a damaged row.
+        and for seeds 100 to 109, which belong to tuning; `RunFolderError` for a damaged row.
         """
         if scale not in self.seeds:
             raise InvalidInput(f"scale must be one of {', '.join(self.seeds)}, got {scale!r}")
@@ -180,8 +187,11 @@ def _checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(seeds, int | float):
         return tuple(range(check_count("seeds", seeds)))
     chosen = tuple(check_count("seeds", seed, 0) for seed in seeds)
-    if not chosen or TUNING_SEED in chosen:
-        raise InvalidInput(f"seeds must be some whole numbers other than {TUNING_SEED}, the tuning seed, got {seeds!r}")
+    if not chosen or any(TUNING_SEED <= seed <= _LAST_TUNING_SEED for seed in chosen):
+        raise InvalidInput(
+            f"seeds must be some whole numbers outside {TUNING_SEED} to {_LAST_TUNING_SEED}, which belong to tuning, "
+            f"got {seeds!r}"
+        )
     return chosen
 
 
@@ -220,7 +230,7 @@ def _run_problem(problem: Problem, seeds: tuple[int, ...], scale: str, folder: P
 
 
 def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> dict[str, Any]:
-    """The best of the system's settings by the problem's criterion, on the tuning seed and half the budget.
+    """The best of the system's settings by the problem's criterion, on the tuning seeds and half the budget.
 
     The scores stay in `folder`, and a repeated call reads them. A system with one setting gets it untried.
     """
@@ -235,17 +245,20 @@ def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> 
     best = system.settings[ranks.index(min(ranks))]
     tried = [{"setting": setting, "score": score} for setting, score in zip(system.settings, scores, strict=True)]
     names = {"scale": scale, "problem": problem.name, "system": system.name, "criterion": problem.criterion}
-    _write(path, {**names, "tried": tried, "chosen": best})
+    _write(path, {**names, "seeds": problem.seeds_of_tuning, "tried": tried, "chosen": best})
     return best
 
 
 def _tuning_score(problem: Problem, system: System, setting: dict[str, Any]) -> float | None:
-    """The criterion's value, or None for a setting that cannot run within the budget or is not finite."""
+    """The criterion's mean, or None for a setting that on some seed cannot run within the budget or is not finite."""
+    values = []
     try:
-        outcome = system.draw(_TUNING_SHARE * problem.budget, TUNING_SEED, **setting)
-        value = float(problem.measure(outcome)[problem.criterion])
+        for seed in problem.seeds_of_tuning:
+            outcome = system.draw(_TUNING_SHARE * problem.budget, seed, **setting)
+            values.append(float(problem.measure(outcome)[problem.criterion]))
     except NoisewiseError:
         return None
+    value = math.fsum(values) / len(values)
     return value if math.isfinite(value) else None
 
 
@@ -275,8 +288,10 @@ def _tuning_notes(folder: Path, scale: str) -> list[str]:
             f"{_shown(entry['setting'])}: {'failed' if entry['score'] is None else format(entry['score'], '.4g')}"
             for entry in found["tried"]
         )
+        seeds = found.get("seeds", [TUNING_SEED])
+        on = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
         notes.append(
-            f"{found['system']} on {found['problem']}: {len(found['tried'])} settings tried on seed {TUNING_SEED} "
+            f"{found['system']} on {found['problem']}: {len(found['tried'])} settings tried on {on} "
             f"with {_TUNING_SHARE:.0%} of the budget, chosen by {found['criterion']}: {_shown(found['chosen'])} ({scores})."
         )
     return notes

@@ -141,6 +141,27 @@ def test_the_correction_leaves_the_noisy_density_as_it_is_whatever_the_proposal(
     assert bool(((share - target.weights).abs() < 4 * (target.weights / len(noisy)).sqrt()).all())
 
 
+def test_a_proposal_where_the_model_is_not_finite_is_rejected_and_counted(shapes_unchecked):
+    # an energy that is not a number in half of the plane: the corrected chain is that of the other half, renormalised
+    target, noise = gaussian([[1.0, 0.0], [0.0, 1.0]]), Corruption(1.0, 0.6)
+    noisy = target.noisy(1.0, 0.6)
+    wall = Energy(lambda x: 0 * x[:, 0].sqrt() - noisy.log_prob_and_score(x)[0])
+    kernel = DenoisingGibbs(wall, noise, correct=True)
+    start = noisy.sample(40_000, seeded(0))
+    start[:, 0] = start[:, 0].abs()
+    state, _ = kernel._corrected(start)
+    generator, refused = seeded(1), 0
+    for _ in range(3):
+        state, info = kernel.step(state, generator)
+        refused += int(info.nonfinite)
+    assert refused > 1000
+    assert bool((state.noisy[:, 0] >= 0).all())
+    fresh = noisy.sample(40_000, seeded(2))[:, 0].abs()
+    assert ks_2samp(state.noisy[:, 0].numpy(), fresh.numpy()).pvalue > 1e-4
+    with pytest.raises(InvalidInput, match="not finite"):
+        kernel._corrected(-start)
+
+
 def test_without_the_correction_a_wrong_proposal_does_not(shapes_unchecked):
     target, noise = four_modes(), Corruption(1.0, 0.6)
     kernel = DenoisingGibbs(exact_model(target, noise), noise, correct=True, covariance="isotropic", variance=0.2)
@@ -170,6 +191,7 @@ CASES = {
     "hutchinson": {"covariance": "hutchinson", "probes": 2},
     "isotropic": {"covariance": "isotropic", "variance": 0.03},
     "krylov": {"covariance": "krylov", "rank": 2},
+    "krylov of higher rank": {"covariance": "krylov", "rank": 20},
     "none": {"covariance": "none"},
     "mean": {"final": "mean"},
     "corrected": {"correct": True},
@@ -196,7 +218,8 @@ def test_resumed_equals_one_longer_run(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "products"), [("isotropic", 0), ("none", 0), ("hutchinson", 2), ("krylov", 2), ("full", 2)]
+    ("name", "products"),
+    [("isotropic", 0), ("none", 0), ("hutchinson", 2), ("krylov", 2), ("krylov of higher rank", 2), ("full", 2)],
 )
 def test_the_bill_is_one_score_and_the_products_of_each_step(name, products):
     calls = [0]

@@ -27,7 +27,7 @@ from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.noise import Corruption
 from noisewise.typing import check_count, check_positive
 
-__all__ = ["COVARIANCES", "GaussianPosterior", "gaussian_posterior", "isotropic_variance"]
+__all__ = ["COVARIANCES", "GaussianPosterior", "NonFiniteRows", "gaussian_posterior", "isotropic_variance"]
 
 COVARIANCES = ("full", "diagonal", "hutchinson", "isotropic", "krylov", "none")
 
@@ -35,6 +35,14 @@ _LARGEST_FULL = 4096
 # entries of the derivative that are taken in one batched call
 _CHUNK_ENTRIES = 2**20
 _ASYMMETRY = 1e-2
+
+
+class NonFiniteRows(InvalidInput):
+    """Points at which a model is not finite; `rows`: which of the batch, a mask [batch]."""
+
+    def __init__(self, message: str, rows: Tensor) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -281,9 +289,9 @@ def _calibrated(variance: float | int | Tensor | None) -> float:
 
 
 def _refuse(bad: Tensor, what: str) -> None:
-    """Raise `InvalidInput` naming the rows where `bad` [batch] holds: at most eight of them."""
+    """Raise `NonFiniteRows` naming the rows where `bad` [batch] holds: at most eight of them."""
     if not bool(bad.any()):
         return
     rows = bad.nonzero().flatten().tolist()
     shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
-    raise InvalidInput(f"{what} in {len(rows)} of {len(bad)} rows: {shown}")
+    raise NonFiniteRows(f"{what} in {len(rows)} of {len(bad)} rows: {shown}", bad)

@@ -23,7 +23,7 @@ from noisewise.progress import Reporter
 from noisewise.runs import RunFolder
 from noisewise.typing import Cost, check_count, check_positive
 
-__all__ = ["EnergyFit", "Loss", "check_rows", "fit_energy"]
+__all__ = ["EnergyFit", "Fit", "Loss", "Plan", "check_rows", "fit_energy"]
 
 Loss = Callable[[Any, Tensor, torch.Generator], Tensor]
 
@@ -89,7 +89,7 @@ def fit_energy(
     rows = _prepared(net, data)
     if loss == "sm":
         check_trace("exact", rows[0].numel())
-    plan = _Plan(
+    plan = Plan(
         steps=check_count("steps", steps),
         batch_size=check_count("batch_size", batch_size),
         learning_rate=check_positive("learning_rate", learning_rate),
@@ -101,7 +101,7 @@ def fit_energy(
     )
     limit = math.inf if max_seconds is None else check_positive("max_seconds", max_seconds)
     check_curvature(net, rows[:8])
-    fit = _Fit(net, rows, objective, plan)
+    fit = Fit(net, rows, objective, plan)
     config = {
         **vars(plan),
         "loss": name,
@@ -130,25 +130,27 @@ def fit_energy(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """Checked settings of a fit; meanings and defaults as in `fit_energy`."""
+
     steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    ema: float
-    clip: float
-    validation: float
-    seed: int
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    ema: float = 0.999
+    clip: float = 10.0
+    validation: float = 0.1
+    seed: int = 0
 
 
 @dataclass
-class _Fit:
-    """A fit in progress. Everything that its future depends on goes into a checkpoint."""
+class Fit:
+    """A fit in progress, of any network by any loss. Everything that its future depends on goes into a checkpoint."""
 
     net: nn.Module
     rows: Tensor
     loss: Loss
-    plan: _Plan
+    plan: Plan
     step: int = 0
     history: list[dict[str, float | None]] = field(default_factory=list)
     best_step: int = 0

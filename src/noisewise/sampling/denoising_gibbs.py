@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noisewise.denoising.covariance import DiagonalCovariance, FullCovariance
 from noisewise.denoising.models import Energy, as_model
-from noisewise.denoising.moments import COVARIANCES, GaussianPosterior, gaussian_posterior
+from noisewise.denoising.moments import COVARIANCES, GaussianPosterior, NonFiniteRows, gaussian_posterior
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption
 from noisewise.sampling.kernel import Phase, as_setting, given_settings, plain_settings
@@ -51,7 +51,7 @@ class GibbsInfo(NamedTuple):
 
 
 class CorrectedInfo(NamedTuple):
-    """Mean acceptance of the correction, [1]; share of proposals whose covariance was clamped; rejected non-finite values."""
+    """Mean acceptance of the correction, [1]; share of proposals whose covariance was clamped; rejected for not being finite."""
 
     acceptance: Float[Tensor, " level"]
     clipped: Float[Tensor, ""]
@@ -120,10 +120,11 @@ class DenoisingGibbs:
     @property
     def gradients_per_step(self) -> int:
         """One score call and the Hessian-vector products of the covariance, each counted as a call."""
-        products = {"hutchinson": self.probes, "krylov": self.rank, "isotropic": 0, "none": 0}
-        if self.covariance not in products and self.dim is None:
+        if self.covariance in ("full", "diagonal", "krylov") and self.dim is None:
             raise InvalidInput(f"the cost of covariance={self.covariance!r} depends on the dimension: give dim=")
-        return 1 + products.get(self.covariance, self.dim or 0)
+        dim = self.dim or 0
+        products = {"hutchinson": self.probes, "krylov": min(self.rank, dim), "isotropic": 0, "none": 0}
+        return 1 + products.get(self.covariance, dim)
 
     @property
     def energies_per_step(self) -> int:
@@ -162,14 +163,14 @@ class DenoisingGibbs:
     ) -> tuple[CorrectedState, CorrectedInfo]:
         """Propose x_t' = a x + s eps with x from the denoiser's Gaussian at x_t, accepted for the model's own density."""
         noisy = self._transition(state).sample(generator)
-        proposed, clipped = self._corrected(noisy)
+        proposed, clipped, known = self._proposed(noisy, state)
         log_ratio = (
             proposed.log_prob
             - state.log_prob
             + self._transition(proposed).log_prob(state.noisy)
             - self._transition(state).log_prob(noisy)
         )
-        valid = torch.isfinite(log_ratio)
+        valid = torch.isfinite(log_ratio) & known
         log_ratio = torch.where(valid, log_ratio, -torch.inf)
         uniform = torch.rand(len(noisy), dtype=noisy.dtype, device=noisy.device, generator=generator)
         accept = torch.log1p(-uniform) < log_ratio
@@ -197,6 +198,17 @@ class DenoisingGibbs:
                 variance=self.variance,
                 force=self.force,
             )
+
+    def _proposed(self, noisy: Tensor, state: CorrectedState) -> tuple[CorrectedState, Tensor, Tensor]:
+        """State at the proposals, and where the model could be evaluated; elsewhere the state stays, to be rejected."""
+        known = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)
+        while True:
+            try:
+                return *self._corrected(torch.where(known.unsqueeze(-1), noisy, state.noisy)), known
+            except NonFiniteRows as error:
+                if not bool((known & error.rows).any()):
+                    raise
+                known = known & ~error.rows
 
     def _corrected(self, noisy: Tensor) -> tuple[CorrectedState, Tensor]:
         posterior = self._posterior(noisy, None)

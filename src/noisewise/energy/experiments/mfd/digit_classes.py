@@ -42,7 +42,7 @@ def digit_classes(scale: str) -> Problem:
     def data(seed: int) -> Tensor:
         return _rows(seed)[0]
 
-    systems = density_systems(data, 64, _Fit, _mode_width(), None, one_stage=scale != "quick")
+    systems = density_systems(data, 64, _Fit, _mode_width(), None, with_one_stage=scale != "quick")
     if scale == "quick":
         systems = tuple(system for system in systems if system.name in _QUICK)
     kept = ", ".join(f"{rows} of digit {digit}" for digit, rows in _CLASSES.items())

@@ -23,6 +23,8 @@ from noisewise.typing import Cost
 __all__ = ["Density", "density_systems"]
 
 _BATCH, _RATE, _CLIP = 256, 3e-3, 10.0
+# deviations of the one-stage form's Gaussian base: narrower than m, or the constant that it learns is not determined
+_BASES = (0.5, 0.8)
 
 Loss = Callable[[Any, Tensor, torch.Generator], Tensor]
 
@@ -44,7 +46,7 @@ def density_systems(
     mode_width: float,
     likelihood: Callable[[Tensor, Tensor], tuple[Tensor, float]] | None,
     decays: tuple[float, ...] = (0.0, 1e-2),
-    one_stage: bool = True,
+    with_one_stage: bool = True,
 ) -> tuple[System, ...]:
     """The systems; the budget of each is its number of training steps, weight decay is tuned over `decays`.
 
@@ -68,6 +70,17 @@ def density_systems(
             return wrap(Density(lambda point: -_energy(net, (point - mean) / scale), fit.cost), seed)
 
         return draw
+
+    def one_stage(budget: float | int, seed: int, weight_decay: float, base_scale: float) -> Any:
+        x = data(seed)
+        mean, scale = x.mean(0), x.std(0)
+        z = (x - mean) / scale
+        net = EnergyNet(x.shape[1], hidden=hidden, base_scale=base_scale, seed=seed)
+        fit = fit_energy(
+            net, z, _one_stage(gaussian_reference(z)), steps=int(budget), batch_size=_BATCH, learning_rate=_RATE,
+            weight_decay=weight_decay, clip=_CLIP, seed=seed,
+        )  # fmt: skip
+        return wrap(Density(lambda point: -_energy(net, (point - mean) / scale), fit.cost), seed)
 
     def mfd(beta: float) -> Callable[..., Any]:
         def draw(budget: float | int, seed: int, weight_decay: float) -> Any:
@@ -95,8 +108,9 @@ def density_systems(
         ),
         System("NCE with the same m", of(lambda m, scale: _contrastive(m)), settings),
     ]
-    if one_stage:
-        systems.insert(2, System("MFD in one stage, beta .8", of(lambda m, scale: _one_stage(m)), settings))
+    if with_one_stage:
+        bases = tuple({**setting, "base_scale": c} for setting in settings for c in _BASES)
+        systems.insert(2, System("MFD in one stage, beta .8", one_stage, bases))
     if likelihood is not None:
         systems.append(
             System("maximum likelihood by quadrature", of(lambda m, scale: _likelihood(*likelihood(*scale))), settings)

@@ -58,8 +58,8 @@ def _problem(protocol: str, truth: Truth, mode_width: float, scale: str) -> Prob
             f"{truth.name}, network: {_ROWS} rows, {steps} training steps, {_HIDDEN[truth.dim]} units in 3 layers; "
             "every system trains the same network on top of the same Gaussian reference, on standardised data; its weight "
             "decay is chosen by KL on the tuning seed (half the steps). DSM is judged as it is, a density of noisy data. "
-            "Maximum likelihood by quadrature is the upper bound, where a grid exists. MFD in one stage has no base narrower "
-            "than m here, which its constant needs to be determined.",
+            "Maximum likelihood by quadrature is the upper bound, where a grid exists. MFD in one stage has a Gaussian base "
+            "narrower than m in place of m, its width tuned too: its constant is not determined otherwise.",
         ),
     )
 

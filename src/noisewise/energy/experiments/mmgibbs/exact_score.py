@@ -6,7 +6,7 @@ import torch
 
 from noisewise.comparison import Problem
 from noisewise.denoising.models import Energy
-from noisewise.energy.experiments.mmgibbs.systems import Drawn, Setup, exact_gibbs, gibbs_systems
+from noisewise.energy.experiments.mmgibbs.systems import Drawn, Setup, exact_gibbs, fresh_generator, gibbs_systems
 from noisewise.energy.experiments.mmgibbs.toys import four_gaussians
 from noisewise.metrics.distances import mmd2, wasserstein2
 from noisewise.metrics.floors import sample_floor
@@ -63,7 +63,7 @@ def exact_model(target: GaussianMixture, noise: Corruption) -> Energy:
 
 def _measure(target: GaussianMixture, drawn: Drawn) -> dict[str, Measurement]:
     x = drawn.positions[-1]
-    fresh = target.sample(len(x), torch.Generator().manual_seed(12_345))
+    fresh = target.sample(len(x), fresh_generator(drawn))
     labels = target.component(x)
     offset = x - target.means[labels]
     squares = offset.square().mean(-1)

@@ -1,6 +1,7 @@
 """Protocol B: energies learned by denoising score matching on four toys; and, on request, the authors' single chains."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from noisewise.comparison import Problem, System
 from noisewise.denoising.models import Energy
-from noisewise.energy.experiments.mmgibbs.systems import KEPT, Drawn, Setup, gibbs_systems
+from noisewise.energy.experiments.mmgibbs.systems import KEPT, Drawn, Setup, fresh_generator, gibbs_systems
 from noisewise.energy.experiments.mmgibbs.toys import TOYS, Toy
 from noisewise.energy.network import EnergyNet
-from noisewise.energy.training import fit_energy
+from noisewise.energy.training import Fit, Plan, fit_energy
 from noisewise.metrics.distances import mmd2, wasserstein2
 from noisewise.metrics.floors import sample_floor
 from noisewise.metrics.measurement import Measurement
@@ -54,15 +55,18 @@ def _problem(toy: Toy, scale: str) -> Problem:
         protocol="B",
         name=f"{toy.name}, learned energy",
         budget=steps,
-        systems=(*gibbs_systems(setup, steps, _COVERINGS), learned_gaussian(setup, _TRAINING[scale])),
+        systems=(
+            *gibbs_systems(setup, steps, _COVERINGS),
+            learned_gaussian(setup, _HIDDEN[scale], functools.partial(_plan, scale=scale)),
+        ),
         measure=functools.partial(_measure, toy),
         criterion="MMD^2",
         picture=lambda drawn: {"draws": drawn.positions[-1][:2000].tolist()},
         notes=(
             f"{toy.name}: one energy for each seed, trained by denoising score matching at sigma {toy.s:g} on {_ROWS} rows, "
-            f"{_TRAINING[scale]} steps; all systems use it, but for the learned Gaussian, which trains its own network as "
-            f"long. {chains} chains from N(0, I), {steps} sweeps (Langevin twice as many steps of a tuned size). The bill is "
-            "that of sampling.",
+            f"{_TRAINING[scale]} steps; all systems use it, but for the learned Gaussian, which trains its own network of "
+            f"the same width in the same way. {chains} chains from N(0, I), {steps} sweeps (Langevin twice as many steps of a "
+            "tuned size). The bill is that of sampling.",
         ),
     )
 
@@ -72,14 +76,17 @@ def trained(toy: Toy, seed: int, scale: str) -> tuple[Energy, Tensor]:
     """An energy trained on the toy, and its data."""
     data = toy.sample(_ROWS, torch.Generator().manual_seed(seed))
     net = EnergyNet(2, hidden=_HIDDEN[scale], seed=seed)
-    steps = _TRAINING[scale]
-    fit_energy(net, data, "dsm", Corruption(1.0, toy.s), steps=steps, batch_size=_BATCH, learning_rate=_RATE, seed=seed)
+    fit_energy(net, data, "dsm", Corruption(1.0, toy.s), **vars(_plan(seed, scale)))
     return Energy(net), data
+
+
+def _plan(seed: int, scale: str) -> Plan:
+    return Plan(steps=_TRAINING[scale], batch_size=_BATCH, learning_rate=_RATE, seed=seed)
 
 
 def _measure(toy: Toy, drawn: Drawn) -> dict[str, Measurement]:
     x = drawn.positions[-1]
-    fresh = toy.sample(len(x), torch.Generator().manual_seed(12_345))
+    fresh = toy.sample(len(x), fresh_generator(drawn))
     floor_mmd, floor_w2 = _floors(toy, len(x))
     found = {
         "MMD^2": mmd2(x, fresh, biased=False, floor=floor_mmd),
@@ -98,12 +105,21 @@ def _floors(toy: Toy, n: int) -> tuple[float, float]:
     )
 
 
-def learned_gaussian(setup: Callable[[int], Setup], training: int) -> System:
-    """A denoiser that is a network for mean and deviations, trained by the likelihood of a diagonal Gaussian."""
+def learned_gaussian(setup: Callable[[int], Setup], hidden: int, plan: Callable[[int], Plan]) -> System:
+    """A denoiser that is a network for mean and deviations, fitted by the likelihood of a diagonal Gaussian.
+
+    `hidden` and `plan(seed)`: those of the energy that it stands beside, averaging and selection on held-out rows included.
+    """
 
     def draw(budget: float | int, seed: int) -> Drawn:
         s = setup(seed)
-        net = _fit_gaussian(s.data, s.noise, training, seed)
+        net = MLP(s.data.shape[1], 2 * s.data.shape[1], hidden=hidden, depth=3, seed=seed)
+
+        def loss(net: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+            mean, log_sd = _moments(net, s.noise.corrupt(x, generator))
+            return (0.5 * ((x - mean) / log_sd.exp()).square() + log_sd).sum(-1).mean()
+
+        Fit(net, s.data, loss, plan(seed)).run(None, math.inf, False)
         begin = time.monotonic()
         generator = torch.Generator().manual_seed(seed)
         x, kept = s.start, []
@@ -117,24 +133,6 @@ def learned_gaussian(setup: Callable[[int], Setup], training: int) -> System:
         return Drawn(torch.stack(kept[:KEPT]), s.start, cost, s)
 
     return System("learned Gaussian", draw)
-
-
-def _fit_gaussian(data: Tensor, noise: Corruption, steps: int, seed: int) -> MLP:
-    dim = data.shape[1]
-    net = MLP(dim, 2 * dim, hidden=128, depth=3, seed=seed)
-    optimiser = torch.optim.Adam(net.parameters(), lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    generator = torch.Generator().manual_seed(seed + 2)
-    for _ in range(steps):
-        x = data[torch.randint(len(data), (_BATCH,), generator=generator)]
-        mean, log_sd = _moments(net, noise.corrupt(x, generator))
-        loss = (0.5 * ((x - mean) / log_sd.exp()).square() + log_sd).sum(-1).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
-        optimiser.step()
-        schedule.step()
-    return net
 
 
 def _moments(net: MLP, x_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +176,7 @@ def _official(toy: Toy, scale: str) -> Problem:
         return draw
 
     def measure(drawn: Drawn) -> dict[str, Measurement]:
-        fresh = toy.sample(_OFFICIAL_DRAWS, torch.Generator().manual_seed(12_345))
+        fresh = toy.sample(_OFFICIAL_DRAWS, fresh_generator(drawn))
         return {"MMD^2, authors'": mmd2(drawn.positions[-1], fresh, floor=_official_floor(toy))}
 
     return Problem(

@@ -17,7 +17,7 @@ from noisewise.sampling.walk_jump import NoisyLangevin, WalkJump
 from noisewise.targets.gaussian_mixture import GaussianMixture
 from noisewise.typing import Cost
 
-__all__ = ["KEPT", "Drawn", "Setup", "exact_gibbs", "gibbs_systems"]
+__all__ = ["KEPT", "Drawn", "Setup", "exact_gibbs", "fresh_generator", "gibbs_systems"]
 
 # points along each chain that are kept: enough to see how chains change modes
 KEPT = 6
@@ -52,6 +52,11 @@ class Setup:
     start: Tensor
     data: Tensor
     seed: int
+
+
+def fresh_generator(drawn: Drawn) -> torch.Generator:
+    """For the sample that draws are compared with: another one for each seed, so that tuning sees none that is reported."""
+    return torch.Generator().manual_seed(12_345 + drawn.setup.seed)
 
 
 def gibbs_systems(
