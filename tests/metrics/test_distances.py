@@ -37,6 +37,19 @@ def looped_mmd2(x, y, biased):
 
 
 @pytest.mark.parametrize("biased", [True, False])
+def test_mmd2_of_draws_that_ran_away_says_so_however_far_they_are(biased):
+    # a kernel of width 10 sees nothing of what is 1e4 away, and no more of what is 1e20 away
+    x, y = normal(50, 3, 0), normal(60, 3, 1)
+    value = {}
+    for far in (1e4, 1e20):
+        away = x.clone()
+        away[:20] = far * torch.arange(1, 21).unsqueeze(-1)
+        value[far] = mmd2(away, y, biased=biased, bandwidth=10.0).value
+    assert value[1e20] == pytest.approx(value[1e4], rel=1e-9)
+    assert value[1e20] > 0.5
+
+
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_mmd2_equals_the_double_loop(biased, offset):
     x, y = normal(17, 3, 0) + offset, 2 * normal(23, 3, 1) + 0.5 + offset

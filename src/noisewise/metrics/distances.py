@@ -84,7 +84,10 @@ def wasserstein2(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"], *, floor:
 
 
 def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both samples in float64, checked, with the pooled mean removed so that squared distances lose no digits."""
+    """Both samples in float64, checked, with the pooled median removed so that squared distances lose no digits.
+
+    A mean would follow a single draw that has run away, and then it is the others that lose theirs.
+    """
     for name, sample in (("x", x), ("y", y)):
         if sample.ndim != 2:
             raise InvalidInput(f"{name} must have shape [n, dim], got {tuple(sample.shape)}; flatten chains and draws")
@@ -98,14 +101,15 @@ def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1] != y.shape[1]:
         raise InvalidInput(f"x has {x.shape[1]} coordinates and y has {y.shape[1]}; both samples need the same")
     x, y = x.detach().double(), y.detach().to(x.device).double()
-    mean = (x.sum(0) + y.sum(0)) / (len(x) + len(y))
-    return x - mean, y - mean
+    centre = torch.cat([x, y]).median(0).values
+    return x - centre, y - centre
 
 
 def _pooled_bandwidth(x: Tensor, y: Tensor) -> float:
-    # sum_{i,j} |z_i - z_j|^2 = 2 N sum_i |z_i|^2 when the pooled mean is 0: no pass over the pairs is needed
+    # sum_{i,j} |z_i - z_j|^2 = 2 N sum_i |z_i - mean|^2: no pass over the pairs is needed
     count = len(x) + len(y)
-    return 2 * float(x.square().sum() + y.square().sum()) / (count - 1)
+    mean = (x.sum(0) + y.sum(0)) / count
+    return 2 * float((x - mean).square().sum() + (y - mean).square().sum()) / (count - 1)
 
 
 def _mean_kernel_within(x: Tensor, width: float, biased: bool) -> float:
@@ -123,6 +127,8 @@ def _kernel_sum(x: Tensor, y: Tensor, width: float) -> float:
     for rows, columns, multiplicity in _tiles(x, y):
         kernel = torch.addmm(y_square[columns], x[rows], y[columns].T, alpha=-2 * scale)
         kernel += x_square[rows, None]
+        if x is y and rows == columns:
+            kernel.fill_diagonal_(0)  # exactly, also far away, where the rounding errors of squares are large
         kernel.clamp_(max=0).exp_()  # rounding may leave -|x - y|^2 a little above 0
         subtotal = kernel.sum()
         for _ in range(4):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noisewise.comparison import Problem, System
 from noisewise.denoising.models import Energy
@@ -32,7 +32,7 @@ _CHAINS = {"quick": 500, "cpu": 4000, "paper": 10_000}
 _STEPS = {"quick": 12, "cpu": 60, "paper": 200}
 _ROWS, _BATCH, _RATE = 10_000, 256, 2e-3
 _TRANSPORTED = 2000
-_LOG_DEVIATIONS = (-7.0, 1.0)
+_LEAST_LOG_DEVIATION = -7.0
 _COVERINGS = ("full", "diagonal", "hutchinson", "isotropic", "krylov")
 _OFFICIAL_STEPS, _OFFICIAL_DRAWS = 10_000, 10_000
 
@@ -114,9 +114,12 @@ def learned_gaussian(setup: Callable[[int], Setup], hidden: int, plan: Callable[
     def draw(budget: float | int, seed: int) -> Drawn:
         s = setup(seed)
         net = MLP(s.data.shape[1], 2 * s.data.shape[1], hidden=hidden, depth=3, seed=seed)
+        # p(x | x_t) lies where the data lie; without bounds a chain that strays is blown away for good
+        low, high = s.data.amin(0), s.data.amax(0)
+        largest = ((high - low) / 2).log().clamp(min=_LEAST_LOG_DEVIATION)
 
         def loss(net: Any, x: Tensor, generator: torch.Generator) -> Tensor:
-            mean, log_sd = _moments(net, s.noise.corrupt(x, generator))
+            mean, log_sd = _moments(net, s.noise.corrupt(x, generator), largest)
             return (0.5 * ((x - mean) / log_sd.exp()).square() + log_sd).sum(-1).mean()
 
         Fit(net, s.data, loss, plan(seed)).run(None, math.inf, False)
@@ -125,8 +128,8 @@ def learned_gaussian(setup: Callable[[int], Setup], hidden: int, plan: Callable[
         x, kept = s.start, []
         with torch.no_grad():
             for step in range(1, int(budget) + 1):
-                mean, log_sd = _moments(net, s.noise.corrupt(x, generator))
-                x = mean + log_sd.exp() * torch.randn(x.shape, generator=generator)
+                mean, log_sd = _moments(net, s.noise.corrupt(x, generator), largest)
+                x = mean.clamp(low, high) + log_sd.exp() * torch.randn(x.shape, generator=generator)
                 if step % max(int(budget) // KEPT, 1) == 0:
                     kept.append(x)
         cost = Cost(energies=int(budget) * len(x), seconds=time.monotonic() - begin)
@@ -135,10 +138,10 @@ def learned_gaussian(setup: Callable[[int], Setup], hidden: int, plan: Callable[
     return System("learned Gaussian", draw)
 
 
-def _moments(net: MLP, x_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log deviation; the latter bounded, or a chain that strays from the data is blown away for good."""
+def _moments(net: nn.Module, x_t: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log deviation, the latter at most `largest` [dim]."""
     mean, log_sd = net(x_t).chunk(2, -1)
-    return mean, log_sd.clamp(*_LOG_DEVIATIONS)
+    return mean, log_sd.clamp(min=_LEAST_LOG_DEVIATION).minimum(largest)
 
 
 def official(scale: str, device: str) -> tuple[Problem, ...]:
