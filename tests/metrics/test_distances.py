@@ -46,7 +46,7 @@ def test_mmd2_of_draws_that_ran_away_says_so_however_far_they_are(biased):
         away[:20] = far * torch.arange(1, 21).unsqueeze(-1)
         value[far] = mmd2(away, y, biased=biased, bandwidth=10.0).value
     assert value[1e20] == pytest.approx(value[1e4], rel=1e-9)
-    assert value[1e20] > 10 * abs(mmd2(x, y, biased=biased, bandwidth=10.0).value)
+    assert value[1e20] > mmd2(x, y, biased=biased, bandwidth=10.0).value + 0.3
 
 
 @pytest.mark.parametrize("biased", [True, False])
