@@ -170,3 +170,8 @@ def test_bad_input_is_quoted():
         evaluate(x, target)
     with pytest.raises(InvalidInput, match="row 3 of reference"):
         evaluate(x[4:], target, reference=x)
+    holed = as_target(lambda x: torch.where(x[:, 0] > 2, math.nan, -x.square().sum(-1)), dim=2)
+    x = torch.zeros(40, 2)
+    x[7] = torch.tensor([3.0, 0.5])
+    with pytest.raises(InvalidInput, match=r"log_prob is NaN for 1 of 20 draws, one of which begins \[3, 0\.5\]"):
+        evaluate(x[:20], holed, reference=torch.randn(40, 2, generator=seeded()).clamp(max=2), metrics=["energy gap"])
