@@ -28,6 +28,9 @@ class EGNN(nn.Module):
     Source: Satorras, Hoogeboom & Welling, ICML 2021; the form of Akhound-Sadegh et al., ICML 2024.
     """
 
+    others: Tensor
+    frequencies: Tensor
+
     def __init__(
         self,
         particles: int,
