@@ -91,7 +91,8 @@ class PosteriorSampler:
     - "pool": the proposals of all points are one pool, of weight p(x_j) N(y_i; x_j, sigma_i^2) / sum_k N(x_j; y_k, sigma_k^2)
       for point i: as many draws as there are in all, but they must be near each other, so low dimension only.
     - "digs": `langevin_steps` MALA moves from the clean x that y was made of, as in diffusive Gibbs sampling: an exact draw
-      when that x follows the target, and close when it nearly does. Without a start it is "importance".
+      when that x follows the target, and close when it nearly does. `particles` chains leave it, or one with `resample`.
+      Without a start it is "importance".
 
     `resample`: keep one draw of each point, by the Gumbel-max trick, as the paper does; otherwise all count, weighted.
     `langevin_steps`: MALA moves of every kept draw on its posterior; its last `averaged` states are kept.
@@ -159,6 +160,7 @@ class PosteriorSampler:
         Raises `InvalidInput` for points or scales that are not finite, and for missing steps or a start without use.
         """
         self._check(target, noisy, sigma, steps, start, project)
+        noisy, sigma = noisy.detach(), sigma.detach()
         counted = _Counted(target, self.box, project)
         if project is not None:
             noisy = project(noisy)
@@ -340,7 +342,9 @@ def fitted_variance(
         weight = (v[index] + noise) ** -3
         above = summed(weight * (per_row[0] - per_row[1] * noise))
         below = summed(weight * (per_row[2] * noise - per_row[1]))
-        v = (above / below).nan_to_num(nan=1.0).clamp(first / 1000, first * 1000)
+        # below 0 in numerator or denominator the best c is above 1 or below 0: then the nearest v has c = 1 or 0
+        ratio = above.clamp(min=0) / below.clamp(min=0)
+        v = torch.where(ratio.isnan(), first, ratio).clamp(first / 1000, first * 1000)
         here = spread(v)
         best, least = torch.where(here < least, v, best), torch.minimum(here, least)
     return best.to(draws.sigma)
