@@ -19,7 +19,7 @@ _RULES = ("smooth", "paper", "fixed")
 _ACCEPTANCE = 0.7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single equality
 class StepSizes:
     """Lengths of the moves of a `PosteriorSampler` for each noise level; `adapted` returns the next ones.
 
