@@ -135,3 +135,26 @@ def test_what_is_not_finite_is_named():
         denoising_score(torch.zeros((4, 3, 2)), torch.zeros((3, 2)), corruption, log_weights)
     with pytest.raises(InvalidInput, match="no draws"):
         target_score(torch.zeros((0, 3, 2)), corruption)
+
+
+@pytest.mark.parametrize("variance", [0.25, 4.0])
+def test_the_mixed_identity_told_the_variance_has_none_of_its_own_whatever_the_sigma_of_each_row(variance):
+    x_t = torch.tensor([[0.3, -2.0], [5.0, 1.0], [0.1, 0.2]], dtype=torch.float64)
+    sigma = torch.tensor([0.01, 1.0, 300.0], dtype=torch.float64)
+    target = GaussianMixture(torch.zeros((1, 2), dtype=torch.float64), variance)
+    draws = torch.randn((3, 3, 2), dtype=torch.float64, generator=seeded())
+    for told in (variance, torch.full_like(sigma, variance)):
+        value, se = mixed_score(draws, target.score(draws), x_t, sigma, variance=told)
+        torch.testing.assert_close(value, -x_t / (variance + sigma**2).unsqueeze(-1))
+        assert bool((se < 1e-14).all())
+
+
+def test_a_sigma_per_row_is_a_corruption_per_row():
+    x_t = torch.tensor([[0.3, -2.0], [5.0, 1.0]], dtype=torch.float64)
+    draws = torch.randn((6, 2, 2), dtype=torch.float64, generator=seeded())
+    together = estimates(draws, MIXTURE, x_t, torch.tensor([0.2, 3.0], dtype=torch.float64))
+    for row, sigma in enumerate((0.2, 3.0)):
+        alone = estimates(draws[:, row : row + 1], MIXTURE, x_t[row : row + 1], Corruption(1.0, sigma))
+        for name, estimate in alone.items():
+            torch.testing.assert_close(together[name].value[row], estimate.value[0])
+            torch.testing.assert_close(together[name].se[row], estimate.se[0])

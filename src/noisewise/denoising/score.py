@@ -4,7 +4,7 @@ Source: He, Chen, Zhang, Barber & Hernandez-Lobato, AISTATS 2025, arXiv 2410.124
 is from De Bortoli et al., arXiv 2402.08667.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,49 +29,59 @@ class ScoreEstimate(NamedTuple):
 def denoising_score(
     draws: Float[Tensor, "draw batch dim"],
     x_t: Float[Tensor, "batch dim"],
-    corruption: Corruption,
+    corruption: Corruption | Float[Tensor, " batch"],
     log_weights: Float[Tensor, "draw batch"] | None = None,
 ) -> ScoreEstimate:
     """(a E[x] - x_t) / s^2, the denoising identity (Tweedie); its variance grows as s falls.
 
-    `draws` of p(x | x_t); with `log_weights`, which need no normalisation, of any other density.
-    Raises `InvalidInput` for values that are not finite.
+    `draws` of p(x | x_t); with `log_weights`, which need no normalisation, of any other density. `corruption`: one for all
+    rows, or [batch], the sigma of each row of x_t = x + sigma eps. Raises `InvalidInput` for values that are not finite.
     """
     mean, se = _self_normalised(draws, log_weights)
-    scale = corruption.a / corruption.s**2
+    a, s = _scales(corruption)
     # the difference first: a E[x] and x_t are close to each other where s is small
-    return ScoreEstimate((corruption.a * mean - x_t) / corruption.s**2, scale * se)
+    return ScoreEstimate((a * mean - x_t) / s**2, a / s**2 * se)
 
 
 def target_score(
     target_scores: Float[Tensor, "draw batch dim"],
-    corruption: Corruption,
+    corruption: Corruption | Float[Tensor, " batch"],
     log_weights: Float[Tensor, "draw batch"] | None = None,
 ) -> ScoreEstimate:
     """E[grad log p(x)] / a, the target score identity; its variance grows as a falls.
 
-    `target_scores`: grad log p of the clean target at draws of p(x | x_t); `log_weights` as in `denoising_score`.
+    `target_scores`: grad log p of the clean target at draws of p(x | x_t); the others as in `denoising_score`.
     Raises `InvalidInput` for values that are not finite.
     """
     mean, se = _self_normalised(target_scores, log_weights)
-    return ScoreEstimate(mean / corruption.a, se / corruption.a)
+    a, _ = _scales(corruption)
+    return ScoreEstimate(mean / a, se / a)
 
 
 def mixed_score(
     draws: Float[Tensor, "draw batch dim"],
     target_scores: Float[Tensor, "draw batch dim"],
     x_t: Float[Tensor, "batch dim"],
-    corruption: Corruption,
+    corruption: Corruption | Float[Tensor, " batch"],
     log_weights: Float[Tensor, "draw batch"] | None = None,
+    variance: float | int | Float[Tensor, " batch"] = 1.0,
 ) -> ScoreEstimate:
-    """(a E[x + grad log p(x)] - x_t) / (a^2 + s^2): the two others with weights s^2 and a^2 over a^2 + s^2.
+    """(a E[x + v grad log p(x)] - x_t) / (a^2 v + s^2): the two others with weights s^2 and a^2 v over their sum.
 
-    Without variance where the target's covariance is I, so bring the target to a unit local scale. Arguments as in
-    `denoising_score` and `target_score`. Raises `InvalidInput` for values that are not finite.
+    Without variance where the target's covariance is v I, so give as `variance` that of a mode (one number, or one per
+    row); the paper has 1. The others as in `denoising_score` and `target_score`. Raises `InvalidInput` for values that are
+    not finite.
     """
-    mean, se = _self_normalised(draws + target_scores, log_weights)
-    total = corruption.a**2 + corruption.s**2
-    return ScoreEstimate((corruption.a * mean - x_t) / total, corruption.a / total * se)
+    v = variance.unsqueeze(-1) if isinstance(variance, Tensor) else variance
+    mean, se = _self_normalised(draws + v * target_scores, log_weights)
+    a, s = _scales(corruption)
+    total = a**2 * v + s**2
+    return ScoreEstimate((a * mean - x_t) / total, a / total * se)
+
+
+def _scales(corruption: Corruption | Tensor) -> tuple[Any, Any]:
+    """The a and s of x_t = a x + s eps: two numbers, or 1 and a column of sigmas."""
+    return (1.0, corruption.unsqueeze(-1)) if isinstance(corruption, Tensor) else (corruption.a, corruption.s)
 
 
 def _self_normalised(

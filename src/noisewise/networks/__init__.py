@@ -2,4 +2,6 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"mlp": ["MLP", "check_smooth"]})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"egnn": ["EGNN"], "mlp": ["MLP", "check_smooth"]}
+)

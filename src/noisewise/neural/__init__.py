@@ -1,4 +1,4 @@
-"""Neural samplers: what is measured of their samples."""
+"""Neural samplers: networks trained on an unnormalised density alone, the posterior draws they learn from, what is measured."""
 
 import lazy_loader
 
@@ -7,5 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "evaluate": ["evaluate"],
         "pictures": ["distance_plot", "energy_plot", "sample_plot"],
+        "posterior": ["PosteriorDraws", "PosteriorSampler", "fitted_variance"],
+        "steps": ["StepSizes"],
     },
 )
