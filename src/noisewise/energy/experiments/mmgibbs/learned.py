@@ -116,7 +116,7 @@ def learned_gaussian(setup: Callable[[int], Setup], hidden: int, plan: Callable[
         net = MLP(s.data.shape[1], 2 * s.data.shape[1], hidden=hidden, depth=3, seed=seed)
         # p(x | x_t) lies where the data lie; without bounds a chain that strays is blown away for good
         low, high = s.data.amin(0), s.data.amax(0)
-        largest = ((high - low) / 2).log().clamp(min=_LEAST_LOG_DEVIATION)
+        largest = math.log(float((high - low).max()) / 2)
 
         def loss(net: Any, x: Tensor, generator: torch.Generator) -> Tensor:
             mean, log_sd = _moments(net, s.noise.corrupt(x, generator), largest)
@@ -138,10 +138,10 @@ def learned_gaussian(setup: Callable[[int], Setup], hidden: int, plan: Callable[
     return System("learned Gaussian", draw)
 
 
-def _moments(net: nn.Module, x_t: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log deviation, the latter at most `largest` [dim]."""
+def _moments(net: nn.Module, x_t: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Mean and log deviation, the latter at most `largest`."""
     mean, log_sd = net(x_t).chunk(2, -1)
-    return mean, log_sd.clamp(min=_LEAST_LOG_DEVIATION).minimum(largest)
+    return mean, log_sd.clamp(_LEAST_LOG_DEVIATION, largest)
 
 
 def official(scale: str, device: str) -> tuple[Problem, ...]:
