@@ -90,7 +90,9 @@ def test_another_noise_level_than_the_networks_is_refused_at_construction():
 
 
 def test_starts_that_do_not_fit_the_network_are_named(shapes_unchecked):
-    net = Energy(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1), torch.nn.Flatten(0)))
+    net = Energy(
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1), torch.nn.Flatten(0))
+    )
     for kernel in (WalkJump(net, Corruption(1.0, 0.5)), DenoisingGibbs(net, Corruption(1.0, 0.5), correct=True)):
         with pytest.raises(InvalidInput, match=r"starts of shape \(5, 2\).*it must take \[chain, 2\]"):
             sample(kernel, init=torch.zeros(5, 2), draws=2, progress=False)
