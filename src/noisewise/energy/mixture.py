@@ -283,7 +283,7 @@ class MixtureScoreMatching:
         others = f" (and {wrong - 1} more cluster{'s' * (wrong > 2)})" if wrong > 1 else ""
         return [
             f"the fitted weight of cluster {worst + 1} is {weight}, its share of the {raw.n} rows {share}{others}: the fit is "
-            "wrong there, unless the rows are a weighted sample; train longer (steps), take another beta or reference, or look at "
+            "wrong there, unless the rows are a weighted sample; train longer (steps), take another beta or reference, or see "
             "blindness_check()"
         ]
 
