@@ -70,14 +70,15 @@ def fit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers of the report as JSON.")] = False,
 ) -> None:
     """Fit an energy model to the rows of DATA; the same command again goes on after a crash or Ctrl-C."""
-    from noisewise.energy.rows import LEAST_ROWS, check_rows, check_varies
+    from noisewise.energy.rows import LEAST_ROWS, check_varies
 
     given = {name: value for name, value in (("beta", beta), ("reference", reference)) if value is not None}
     _refuse_idle(method, {"beta": beta, "reference": reference, "sigma": sigma})
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"{out} is a file; --out names a folder")
     rows, names = read_table(data)
-    check_rows(rows, LEAST_ROWS)
+    if len(rows) < LEAST_ROWS:
+        raise InvalidInput(f"{str(data)!r} holds {len(rows)} rows of numbers: at least {LEAST_ROWS} rows are needed")
     check_varies(rows, names)
     command = {"method": method.value, "names": names, "rows": len(rows)}
     if (out / _COMMAND).is_file() and not _same(out / _COMMAND, command):
