@@ -374,15 +374,23 @@ def _print_warning(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments`, or with the process's own; always ends in `SystemExit`.
 
-    What noisewise raises on purpose is printed as one red line to stderr with exit code 2; set the environment variable
-    NOISEWISE_TRACEBACK=1 to see where it came from.
+    What noisewise raises on purpose, and a path that cannot be read or written, is printed as one red line to stderr with
+    exit code 2; set the environment variable NOISEWISE_TRACEBACK=1 to see where it came from.
     """
     with warnings.catch_warnings():  # also puts showwarning back
         warnings.showwarning = _print_warning
         try:
             app(arguments)
-        except NoisewiseError as error:
+        except (NoisewiseError, OSError) as error:
             if os.environ.get("NOISEWISE_TRACEBACK") == "1":
                 raise
-            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+            text = str(error) if isinstance(error, NoisewiseError) else _say(error)
+            Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True, highlight=False)
             sys.exit(2)
+
+
+def _say(error: OSError) -> str:
+    """What the system refused, in one sentence with the path."""
+    if error.filename is None:
+        return f"the system refused: {error}"
+    return f"{str(error.filename)!r} cannot be used: {error.strerror}; give another path, or mend this one"

@@ -43,7 +43,7 @@ def read_pretrained(folder: str | Path, name: str) -> tuple[dict[str, Any], dict
     try:
         record = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
         weights = (path / _MODEL).read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunFolderError(f"{path} holds no saved {name}: {Path(error.filename).name} is missing") from error
     except ValueError as error:
         raise RunFolderError(f"{path / _CONFIG} is damaged: {error}") from error

@@ -402,3 +402,8 @@ def test_a_gpu_gives_what_the_cpu_gives(covariance):
     if covariance != "hutchinson":  # whose signs differ between devices
         torch.testing.assert_close(there.covariance.dense().cpu(), here.covariance.dense())
     assert there.sample(torch.Generator("cuda").manual_seed(0)).device.type == "cuda"
+
+
+def test_an_array_is_refused_by_name(shapes_unchecked):
+    with pytest.raises(InvalidInput, match=r"got ndarray: torch.as_tensor\(x_t\)"):
+        gaussian_posterior(Score(lambda x: -x), torch.zeros(3, 2).numpy(), LEVELS[0])

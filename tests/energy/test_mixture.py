@@ -12,8 +12,8 @@ from torch import nn
 from noisewise.energy import EnergyNet, MixtureScoreMatching, fit_energy, student_t_reference
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 from noisewise.networks import MLP
-from noisewise.sampling import ParallelTempering
-from noisewise.targets import GaussianMixture
+from noisewise.sampling import MALA, ParallelTempering, sample
+from noisewise.targets import GaussianMixture, as_target
 
 F64 = torch.float64
 TRUTH = GaussianMixture(torch.tensor([[-4.0], [4.0]], dtype=F64), 1.0, torch.tensor([0.2, 0.8], dtype=F64))
@@ -92,6 +92,13 @@ def test_arrays_lists_and_frames_give_what_tensors_give(fitted):
     x = rows(5)
     assert torch.equal(fitted.score_samples(x.numpy()), fitted.score_samples(x))
     assert torch.equal(fitted.score_samples(x.tolist()), fitted.score_samples(x))
+    frame = pytest.importorskip("pandas").DataFrame(x.numpy(), columns=["a"])
+    assert torch.equal(fitted.score_samples(frame), fitted.score_samples(x))
+    by_tensor = fitted.mode_weights(TRUTH.means).weights
+    for centres in (TRUTH.means.numpy(), TRUTH.means.tolist(), frame.iloc[:0].reindex([0, 1]).assign(a=[-4.0, 4.0])):
+        assert torch.equal(fitted.mode_weights(centres).weights, by_tensor)
+    with pytest.raises(InvalidInput, match="partition has 2 columns"):
+        fitted.mode_weights([[0.0, 1.0]])
     assert fitted.score_samples(x.float()).dtype == F64
     assert fitted.score(x) == pytest.approx(float(fitted.score_samples(x).mean()))
 
@@ -182,6 +189,15 @@ def test_the_blindness_check_compares_seeds(shapes_unchecked, fitted):
 
 def test_the_report_says_what_was_found(fitted):
     text = fitted.report()
+    # the larger cluster is the first; each line allows to tell it, and to see a misfit
+    first = next(line for line in text.splitlines() if line.startswith("cluster 1:"))
+    assert f"weight {fitted.mode_weights().measurements()[0]}," in first
+    assert f"share of the rows {fitted.cluster_shares_.measurements()[0]}, centre (" in first
+    assert fitted.cluster_shares_.weights[0].item() == pytest.approx(float((rows() > 0).double().mean()), abs=2e-3)
+    assert fitted.cluster_centres_.flatten().tolist() == pytest.approx([4, -4], abs=0.2)
+    assert "gap 1-2:" in text
+    assert f"{fitted.negative_mass_:.3%} ± {fitted.negative_mass_se_:.3%}" in text
+    assert "interrupted" not in text
     assert "clusters of the data: 2" in text
     assert f"{fitted.log_normalizer_:.4f}" in text
     assert "negative mass" in text
@@ -202,6 +218,52 @@ def test_little_beta_amplifies_the_faults_of_the_bridge_and_is_warned_of():
         found = MixtureScoreMatching(**{**QUICK, "steps": 200, "beta": 0.1}).fit(rows(1000))
     assert found.negative_mass_ > 0.01
     assert found.negative_mass_ > 10 * found.negative_mass_se_
+
+
+def test_weights_that_miss_the_shares_of_the_rows_are_warned_of(fitted):
+    # after five steps the fit is its reference, which has half of its mass above 0
+    m = torch.distributions.MultivariateNormal(torch.zeros(1, dtype=F64), 25 * torch.eye(1, dtype=F64))
+    with pytest.warns(
+        NoisewiseWarning, match="fitted weight of cluster 2 is .*its share of the 3000 rows .*1 more cluster"
+    ):
+        coarse = MixtureScoreMatching(reference=m, **{**QUICK, "steps": 5}).fit(rows())
+    assert any("the fit is wrong there" in text for text in coarse.warnings_)
+    weight, share = coarse.cluster_weights_, coarse.cluster_shares_
+    assert share.se[0].item() == pytest.approx(math.sqrt(0.8 * 0.2 / 3000), rel=0.1)
+    assert (weight.weights - share.weights).abs()[0] > 4 * share.se[0]
+    # a weight within the errors is not
+    assert (fitted.cluster_weights_.weights - fitted.cluster_shares_.weights).abs().max() < 0.03
+    assert not any("the fit is wrong" in text for text in fitted.warnings_)
+
+
+def test_few_rows_for_their_columns_are_warned_of():
+    with pytest.warns(NoisewiseWarning, match="40 rows in 1 column are few: with less than 50 a column"):
+        MixtureScoreMatching(**{**QUICK, "steps": 2}).fit(rows(40))
+    assert not any("few" in text for text in MixtureScoreMatching(**{**QUICK, "steps": 2}).fit(rows(50)).warnings_)
+
+
+def test_a_fit_that_was_cut_says_where(tmp_path):
+    model = MixtureScoreMatching(**{**QUICK, "steps": 100_000}, max_seconds=0.2).fit(rows(100))
+    assert 0 < model.n_iter_ < 100_000
+    assert f"stopped by max_seconds at step {model.n_iter_}" in model.report()
+    model.save_pretrained(tmp_path)
+    assert MixtureScoreMatching.from_pretrained(tmp_path).report() == model.report()
+
+
+def test_a_fitted_model_is_a_target_that_sample_takes(fitted, shapes_unchecked):
+    target = as_target(fitted)
+    x = rows(6).reshape(2, 3, 1)
+    value, score = target.log_prob_and_score(x)
+    assert value.shape == (2, 3)
+    assert torch.equal(value.flatten(), fitted.score_samples(x.reshape(6, 1)))
+    step = 1e-5
+    slope = (fitted.log_prob(x + step) - fitted.log_prob(x - step)) / (2 * step)
+    assert torch.allclose(score[..., 0], slope, atol=1e-4, rtol=1e-4)
+    run = sample(MALA(target), init=rows(200), draws=20, warmup=20, progress=False)
+    # the starts have the weights, short runs of MALA keep them; on the scale of the data
+    assert float((run.positions > 0).double().mean()) == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / 200))
+    assert run.positions[run.positions > 0].mean().item() == pytest.approx(4, abs=0.3)
+    assert as_target(fitted, dim=1) is fitted
 
 
 # --- keeping
@@ -254,6 +316,25 @@ def test_scikit_learn_can_clone_and_set_it():
         copy.set_params(betta=0.7)
 
 
+def test_scikit_learn_can_cross_validate_it():
+    selection = pytest.importorskip("sklearn.model_selection")
+    model = MixtureScoreMatching(**{**QUICK, "steps": 20})
+    scores = selection.cross_val_score(model, rows(300).numpy(), cv=2)
+    halves = rows(300)[150:], rows(300)[:150]
+    by_hand = [
+        MixtureScoreMatching(**{**QUICK, "steps": 20}).fit(train).score(test) for train, test in [halves, halves[::-1]]
+    ]
+    assert scores.tolist() == pytest.approx(by_hand)
+    search = selection.GridSearchCV(model, {"beta": [0.5, 0.9]}, cv=2).fit(rows(200).numpy())
+    assert search.best_estimator_.beta in (0.5, 0.9)
+
+
+def test_a_text_column_of_a_frame_is_named():
+    frame = pytest.importorskip("pandas").DataFrame({"x": range(20), "city": ["Oslo"] * 20})
+    with pytest.raises(InvalidInput, match=r"column 2 \('city'\)"):
+        MixtureScoreMatching().fit(frame)
+
+
 # --- bad input
 
 
@@ -275,11 +356,12 @@ UNIT = torch.distributions.Independent(torch.distributions.Uniform(torch.zeros(1
         ({"reference": object()}, rows(50), "lacks log_prob and sample"),
         ({"reference": UNIT}, rows(50) / 100 + 0.5, None),
         ({"reference": UNIT}, rows(50), "no density at 50 of 50 rows"),
-        ({}, with_nan(), r"rows 7\)"),
-        ({}, torch.cat([rows(50), torch.ones(50, 1, dtype=F64)], 1), "column 1 is constant at 1"),
+        ({}, with_nan(), r"index 7, from 0\)"),
+        ({}, torch.cat([rows(50), torch.ones(50, 1, dtype=F64)], 1), "column 2 is constant at 1"),
         ({}, torch.zeros(5, dtype=F64), r"X\[:, None\]"),
-        ({}, rows(1), "at least 2 rows"),
+        ({}, rows(1), "at least 10 rows"),
         ({}, [["a"]], "rows of numbers"),
+        ({}, rows(9), "at least 10 rows"),
         ({}, torch.randn(200, 65, generator=torch.Generator().manual_seed(0)), "sliced"),
         ({"normalizer": "annealed"}, rows(50), "'annealed'"),
         ({"floor": 1.0}, rows(50), "floor"),
@@ -304,12 +386,12 @@ def test_nothing_works_before_fit_and_other_columns_are_named(fitted):
     for call in ("score_samples", "log_prob", "score"):
         with pytest.raises(InvalidInput, match="not fitted"):
             getattr(MixtureScoreMatching(), call)(rows(5))
-    for call in ("sample", "mode_weights", "report"):
+    for call in ("sample", "mode_weights", "report", "blindness_check"):
         with pytest.raises(InvalidInput, match="not fitted"):
             getattr(MixtureScoreMatching(), call)()
     with pytest.raises(InvalidInput, match="3 columns"):
         fitted.score_samples(torch.zeros(4, 3))
-    with pytest.raises(InvalidInput, match="rows 7"):
+    with pytest.raises(InvalidInput, match="index 7"):
         fitted.score_samples(with_nan())
 
 

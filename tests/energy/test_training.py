@@ -75,6 +75,13 @@ def test_a_loss_of_your_own_is_the_built_in_one():
     assert_identical(mine, fit())
 
 
+def test_arrays_and_lists_are_fitted_as_tensors_are():
+    for rows in (data().numpy()[::-1], data().flip(0).tolist()):
+        net = small()
+        result = fit_energy(net, rows, "sm", steps=5)
+        assert_identical(result, fit_energy(small(), data().flip(0), "sm", steps=5))
+
+
 def test_weights_with_the_least_held_out_loss_come_back():
     result = fit(steps=100, learning_rate=0.05)
     best = min(result.history, key=lambda entry: entry["validation"])
@@ -236,8 +243,10 @@ class NoGrad(nn.Module):
     [
         (lambda: fit_energy(small(), data()), "corruption=Corruption"),
         (lambda: fit_energy(small(), data(), "sm", NOISE), "'sm'"),
-        (lambda: fit_energy(small(), data(), "nce"), "'nce'"),
-        (lambda: fit_energy(small(), with_nan(), "sm"), "rows 3, 7"),
+        (lambda: fit_energy(small(), data(), "DSM"), "unknown loss: 'DSM'; it must be \"dsm\""),
+        (lambda: fit_energy(EnergyNet(3), data(), "sm"), r"dim 3, got points of shape \(8, 2\): EnergyNet\(2\)"),
+        (lambda: fit_energy(small(), [["a", "b"]] * 20, "sm"), "rows of numbers"),
+        (lambda: fit_energy(small(), with_nan(), "sm"), "index 3, 7"),
         (lambda: fit_energy(small(), data(1), "sm"), "at least 2 rows"),
         (lambda: fit_energy(EnergyNet(65), torch.randn(9, 65, generator=torch.Generator()), "sm"), "sliced"),
         (lambda: fit_energy(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), data(), "sm"), "'1' is ReLU"),

@@ -9,7 +9,7 @@ from scipy.linalg import solve_discrete_lyapunov
 from scipy.stats import ks_2samp
 
 from noisewise.denoising import Energy, Score, gaussian_posterior
-from noisewise.errors import InvalidInput
+from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.noise import Corruption
 from noisewise.sampling import DenoisingGibbs, Draws, sample
 from noisewise.targets import GaussianMixture
@@ -278,3 +278,14 @@ def test_models_that_cannot_work_are_refused(shapes_unchecked):
         sample(DenoisingGibbs(Score(lambda x: x[:, :1]), NOISE), chains=3, draws=2, dim=2)
     with pytest.raises(InvalidInput, match="start of chain 1 is not finite"):
         sample(DenoisingGibbs(Score(lambda x: -x), NOISE), init=torch.tensor([[0.0], [math.nan]]), draws=2)
+
+
+def test_a_score_of_no_density_diverges_and_is_warned_of():
+    # the mean is x_t (1 + 5 s^2), so that the chain grows by 2.25 a step
+    kernel = DenoisingGibbs(Score(lambda x: 5 * x), NOISE)
+    init = torch.randn(6, 2, generator=seeded(0))
+    with pytest.warns(NoisewiseWarning, match=r"6 of 6 chains have diverged.*check the sign"):
+        run = sample(kernel, init=init, draws=40, progress=False)
+    assert "diverged" in run.warnings[0]
+    with pytest.raises(InvalidInput, match="the chains have diverged"):
+        sample(kernel, init=init, draws=200, progress=False)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from every_kernel import seeded
 
-from noisewise.denoising import Score
-from noisewise.errors import InvalidInput
+from noisewise.denoising import Energy, Score
+from noisewise.energy import EnergyNet
+from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.noise import Corruption
-from noisewise.sampling import Draws, NoisyLangevin, WalkJump, sample
+from noisewise.sampling import DenoisingGibbs, Draws, NoisyLangevin, WalkJump, sample
 
 
 @pytest.mark.parametrize("noise", [Corruption(1.0, 0.5), Corruption(0.8, 0.6)])
@@ -65,3 +66,35 @@ def test_bad_arguments_are_refused(shapes_unchecked):
         NoisyLangevin(Score(lambda x: -x), 0.5)
     with pytest.raises(InvalidInput, match="wrap it"):
         WalkJump(lambda x: -x, Corruption(1.0, 0.5))
+
+
+def test_a_walk_that_diverges_is_warned_of():
+    # h = 50 on a unit score: each step multiplies the point by about -39
+    kernel = WalkJump(Score(lambda x: -x / 1.25), Corruption(1.0, 0.5), step_size=50.0)
+    with pytest.warns(NoisewiseWarning, match=r"4 of 4 chains have diverged.*lower step_size"):
+        run = sample(kernel, init=torch.zeros(4, 2), draws=200, progress=False)
+    assert any("diverged" in text for text in run.warnings)
+    # resumed, the chains are still where they were
+    with pytest.warns(NoisewiseWarning, match="diverged"):
+        run.resume(kernel, 2, progress=False)
+
+
+def test_another_noise_level_than_the_networks_is_refused_at_construction():
+    net = EnergyNet(2, hidden=4)
+    net.corruption = Corruption(1.0, 0.5)
+    WalkJump(net, Corruption(1.0, 0.5))
+    with pytest.raises(InvalidInput, match="trained at"):
+        WalkJump(net, Corruption(1.0, 0.3))
+    with pytest.raises(InvalidInput, match="trained at"):
+        DenoisingGibbs(Energy(net), Corruption(1.0, 0.3))
+
+
+def test_starts_that_do_not_fit_the_network_are_named(shapes_unchecked):
+    net = Energy(
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1), torch.nn.Flatten(0))
+    )
+    for kernel in (WalkJump(net, Corruption(1.0, 0.5)), DenoisingGibbs(net, Corruption(1.0, 0.5), correct=True)):
+        with pytest.raises(InvalidInput, match=r"starts of shape \(5, 2\).*it must take \[chain, 2\]"):
+            sample(kernel, init=torch.zeros(5, 2), draws=2, progress=False)
+        with pytest.raises(InvalidInput, match=r"weights are torch.float32: give init=init.to\(torch.float32\)"):
+            sample(kernel, init=torch.zeros(5, 3, dtype=torch.float64), draws=2, progress=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption
 
-__all__ = ["Denoiser", "Energy", "Model", "Score", "as_model"]
+__all__ = ["Denoiser", "Energy", "Model", "Score", "as_model", "check_corruption"]
 
 _PREDICTIONS = ("x0", "epsilon", "v")
 
@@ -49,7 +49,7 @@ class Energy:
 
     def score(self, x_t: Float[Tensor, "batch *event"], corruption: Corruption) -> Float[Tensor, "batch *event"]:
         """Gradient of the log density of the noisy variable."""
-        _check_corruption(self, corruption)
+        check_corruption(self, corruption)
         recorded = torch.is_grad_enabled()
         # inference mode would refuse the graph that the gradient itself needs
         with torch.inference_mode(False), torch.enable_grad():
@@ -85,7 +85,7 @@ class Score:
 
     def score(self, x_t: Float[Tensor, "batch *event"], corruption: Corruption) -> Float[Tensor, "batch *event"]:
         """What `fn` gives."""
-        _check_corruption(self, corruption)
+        check_corruption(self, corruption)
         return _same_shape(self.fn(x_t), x_t, "a score")
 
     def mean(self, x_t: Float[Tensor, "batch *event"], corruption: Corruption) -> Float[Tensor, "batch *event"]:
@@ -131,7 +131,7 @@ class Denoiser:
         return (a * x_t - s * output) / (a**2 + s**2)
 
     def _output(self, x_t: Tensor, corruption: Corruption) -> Tensor:
-        _check_corruption(self, corruption)
+        check_corruption(self, corruption)
         return _same_shape(self.fn(x_t), x_t, f"a denoiser ({self.prediction})")
 
 
@@ -166,7 +166,8 @@ def _settle(model: Any) -> None:
         _check_same(recorded, model.corruption)
 
 
-def _check_corruption(model: Model, corruption: Corruption) -> None:
+def check_corruption(model: Model, corruption: Corruption) -> None:
+    """Raise `InvalidInput` where `model` knows that it was trained at another noise level."""
     if model.corruption is not None:
         _check_same(model.corruption, corruption)
 

@@ -104,6 +104,8 @@ def gaussian_posterior(
     """
     if covariance not in COVARIANCES:
         raise InvalidInput(f"covariance must be one of {COVARIANCES}, got {covariance!r}")
+    if not isinstance(x_t, Tensor):
+        raise InvalidInput(f"x_t must be a torch tensor, got {type(x_t).__name__}: torch.as_tensor(x_t)")
     if x_t.ndim < 2 or 0 in x_t.shape:
         raise InvalidInput(f"x_t must be [batch, *event] with at least one row and entry, got shape {tuple(x_t.shape)}")
     rank, probes = check_count("rank", rank), check_count("probes", probes)

@@ -44,6 +44,8 @@ class Clusters:
 
     def __call__(self, x: Float[Tensor, "n dim"]) -> Int[Tensor, " n"]:
         """Label of each point: that of the nearest row."""
+        if self.number == 1:
+            return torch.zeros(len(x), dtype=self.labels.dtype, device=x.device)
         return torch.cat([self.labels[torch.cdist(part, self.rows.to(part)).argmin(1)] for part in x.split(4096)])
 
 

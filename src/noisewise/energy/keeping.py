@@ -12,6 +12,7 @@ from noisewise.energy.network import EnergyNet
 from noisewise.energy.normalizer import LogNormalizer
 from noisewise.energy.reference import Rescaled, StudentT, as_reference
 from noisewise.errors import RunFolderError
+from noisewise.metrics.modes import ModeWeights
 from noisewise.pretrained import read_pretrained, write_pretrained
 from noisewise.typing import Cost
 
@@ -45,12 +46,19 @@ def save(fitted: Any, folder: str | Path) -> Path:
         "gaps": [list(gap) for gap in fitted.gaps_],
         "history": fitted.history_,
         "best_step": fitted.best_step_,
+        "n_iter": fitted.n_iter_,
+        "interrupted": fitted.interrupted_,
         "cost": vars(fitted.cost_),
+        "rows": fitted.cluster_shares_.n,
+        "draws": fitted.cluster_weights_.n,
         "warnings": list(fitted.warnings_),
     }
     tensors = {f"energy.{name}": value for name, value in net.state_dict().items()}
     tensors |= {"mean": fitted.mean_, "scale": fitted.scale_}
     tensors |= {"clusters.rows": fitted.clusters_.rows, "clusters.labels": fitted.clusters_.labels}
+    for name, found in (("weights", fitted.cluster_weights_), ("shares", fitted.cluster_shares_)):
+        tensors |= {f"clusters.{name}": found.weights, f"clusters.{name}.se": found.se}
+    tensors["clusters.centres"] = fitted.cluster_centres_
     if known:
         tensors |= {"reference.mean": inner.mean, "reference.factor": inner.factor}
     return write_pretrained(folder, _NAME, config, tensors)
@@ -71,7 +79,13 @@ def load(cls: Any, folder: str | Path, energy: nn.Module | None, reference: Any)
         made.clusters_ = Clusters(tensors["clusters.rows"], tensors["clusters.labels"], config["reach"])
         made.gaps_ = [Gap(*gap) for gap in config["gaps"]]
         made.history_, made.best_step_ = config["history"], config["best_step"]
-        made.cost_, made.warnings_, made.interrupted_ = Cost(**config["cost"]), tuple(config["warnings"]), False
+        made.cost_, made.warnings_ = Cost(**config["cost"]), tuple(config["warnings"])
+        made.n_iter_, made.interrupted_ = config["n_iter"], config["interrupted"]
+        made.cluster_centres_ = tensors["clusters.centres"]
+        made.cluster_weights_, made.cluster_shares_ = (
+            ModeWeights(tensors[f"clusters.{name}"], tensors[f"clusters.{name}.se"], config[n])
+            for name, n in (("weights", "draws"), ("shares", "rows"))
+        )
         bridge = Bridged(whole, m, made.beta, LogNormalizer(**config["normalizer"]), float(made.floor), config["total"])
         made._set_fitted(bridge, *config["negative_mass"])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -30,10 +30,13 @@ from noisewise.energy.reference import (
     gaussian_reference,
     student_t_reference,
 )
-from noisewise.energy.training import check_rows, fit_energy
+from noisewise.energy.rows import LEAST_ROWS, as_rows, check_rows, check_varies, few_rows
+from noisewise.energy.training import fit_energy
 from noisewise.energy.weights import density_weights
-from noisewise.errors import InvalidInput, NoisewiseWarning
-from noisewise.metrics.modes import ModeWeights, assign_modes
+from noisewise.errors import InvalidInput, NoisewiseWarning, require
+from noisewise.metrics.measurement import Measurement
+from noisewise.metrics.modes import ModeWeights, assign_modes, mode_weights
+from noisewise.targets.target import TorchTarget
 from noisewise.typing import check_count, check_positive
 
 __all__ = ["Blindness", "MixtureScoreMatching"]
@@ -43,6 +46,9 @@ _DRAWS = 100_000
 # below or above these a result stands on weak ground
 _GAP_POINTS, _EFFECTIVE, _NEGATIVE = 50, 100, 0.01
 _CHAINS = 100
+# a fitted weight may miss the share of the rows by so many standard errors, or by this part of itself, which refits from
+# other seeds differ by
+_WEIGHT_ERRORS, _WEIGHT_MARGIN = 4.0, 0.05
 
 
 class Blindness(NamedTuple):
@@ -68,9 +74,10 @@ class MixtureScoreMatching:
     the fit left nothing. `steps` to `progress`: as in `fit_energy`. Nothing is checked before `fit`.
 
     After `fit`: `log_normalizer_` and `log_normalizer_se_` (of the bridge, on the standardised scale), `negative_mass_` and
-    `negative_mass_se_` (what the subtraction left below zero, before the floor), `gaps_`, `clusters_`, `history_`, `cost_`,
-    `warnings_`, `bridged_`. On one connected cloud of data plain score matching does as well; in many more than ten
-    dimensions no simple reference reaches the gaps.
+    `negative_mass_se_` (what the subtraction left below zero, before the floor), `gaps_`, `clusters_`, with their
+    `cluster_weights_` in the fit, `cluster_shares_` of the rows and `cluster_centres_`, `history_`, `cost_`, `n_iter_` (steps
+    made), `warnings_`, `bridged_`. A fitted model is a `Target`. On one connected
+    cloud of data plain score matching does as well; in many more than ten dimensions no simple reference reaches the gaps.
     """
 
     def __init__(
@@ -135,22 +142,32 @@ class MixtureScoreMatching:
             setattr(self, name, value)
         return self
 
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn (1.6 or newer) asks an estimator before it clones, splits and scores."""
+        tags = require("sklearn.utils", "energy")
+        return tags.Tags(estimator_type="density_estimator", target_tags=tags.TargetTags(required=False))
+
     # --- fitting
 
     def fit(self, X: Any, y: None = None) -> "MixtureScoreMatching":
         """Fit to `X`, [row, dim] (tensor, array or list); `y` is ignored. Returns self.
 
         Warns, naming the remedy, when a gap holds fewer than 50 reference points, the normaliser rests on fewer than 100
-        effective points, or the negative mass exceeds 1 %. Raises `InvalidInput` before any training for NaN rows, constant
-        columns, a reference that misses rows, `beta` outside (0, 1) and every other setting that cannot work.
+        effective points, the negative mass exceeds 1 %, there are fewer than 50 rows a column, or the weight of a cluster is
+        further from its share of the rows than four standard errors and a twentieth of it. Raises `InvalidInput` before any
+        training for fewer than 10 rows, NaN rows, constant columns, a reference that misses rows, `beta` outside (0, 1) and
+        every other setting that cannot work.
         """
-        rows = _as_rows(X)
+        rows = _as_rows(X, LEAST_ROWS)
         self._check_settings(rows)
         z = self._standardise(rows)
         reference = self._make_reference(z)
         check_covers(reference, z)
         generator = torch.Generator(device=z.device).manual_seed(self.seed + 2_000_003)
         self.clusters_: Clusters = find_clusters(z, generator)
+        self.cluster_shares_ = mode_weights(z, self.clusters_, self.clusters_.number)
+        self.cluster_centres_ = self._centres(z)
+        self._few = few_rows(rows)
         per_row = (1 - self.beta) / self.beta
         self.gaps_: list[Gap] = find_gaps(self.clusters_, lambda n: reference.sample(n, generator), per_row * len(rows))
         energy = self._make_energy(reference, z.shape[1]).to(z.device)
@@ -161,7 +178,7 @@ class MixtureScoreMatching:
             progress=self.progress, seed=self.seed,
         )  # fmt: skip
         self.history_, self.best_step_ = result.history, result.best_step
-        self.cost_, self.interrupted_ = result.cost, result.interrupted
+        self.cost_, self.interrupted_, self.n_iter_ = result.cost, result.interrupted, result.steps
         energy = energy.double().requires_grad_(False)
         bridge_rows = torch.cat([z, reference.sample(max(1, round(per_row * len(z))), generator).to(z)])
         self._finish(energy, reference, bridge_rows, generator)
@@ -175,6 +192,7 @@ class MixtureScoreMatching:
         raw = Bridged(energy, reference, float(self.beta), normalizer, float(self.floor))
         mass = raw.mass(reference.sample(_DRAWS, generator).to(bridge_rows))
         self._set_fitted(replace(raw, total=mass.total), mass.negative, mass.se)
+        self.cluster_weights_ = self.mode_weights()
         self.warnings_ = tuple(self._find_faults())
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
@@ -200,16 +218,15 @@ class MixtureScoreMatching:
 
     def _standardise(self, rows: Tensor) -> Tensor:
         deviation = rows.std(0)
-        constant = (rows.amax(0) == rows.amin(0)).nonzero().flatten().tolist()
-        if constant:
-            raise InvalidInput(
-                f"column {constant[0]} is constant at {rows[0, constant[0]].item():g}"
-                + (f" (and {len(constant) - 1} more)" if len(constant) > 1 else "")
-                + ": such data have no density; remove it"
-            )
+        check_varies(rows)
         self.mean_ = rows.mean(0) if self.standardize else torch.zeros_like(deviation)
         self.scale_ = deviation if self.standardize else torch.ones_like(deviation)
         return (rows - self.mean_) / self.scale_
+
+    def _centres(self, z: Tensor) -> Tensor:
+        """Mean of the rows of each cluster, on the scale of the data."""
+        member = nn.functional.one_hot(self.clusters_(z), self.clusters_.number).to(z)
+        return (member.T @ z) / member.sum(0)[:, None] * self.scale_ + self.mean_
 
     def _make_reference(self, z: Tensor) -> Any:
         if self.reference == "gaussian":
@@ -229,8 +246,9 @@ class MixtureScoreMatching:
         return own if whole else ResidualEnergy(own, reference)
 
     def _find_faults(self) -> list[str]:
-        found = [
-            f"only {gap.points:.0f} reference points lie in the gap between clusters {gap.first} and {gap.second} of the "
+        found = [] if self._few is None else [self._few]
+        found += [
+            f"only {gap.points:.0f} reference points lie in the gap between clusters {gap.first + 1} and {gap.second + 1} of the "
             f"data: their relative weight is uncertain; raise inflate, lower beta, or give more rows"
             for gap in self.gaps_
             if gap.points < _GAP_POINTS
@@ -246,7 +264,28 @@ class MixtureScoreMatching:
                 f"{self.negative_mass_:.1%} of the mass is negative after the reference is taken out: the fit of the bridge is "
                 "coarse; train longer (steps), or raise beta"
             )
-        return found
+        return found + self._misfits()
+
+    def _misfits(self) -> list[str]:
+        """Clusters whose fitted weight is further from their share of the rows than both are uncertain.
+
+        The rows are taken for an unweighted sample of the density, so that the share has a binomial error.
+        """
+        fitted, raw = self.cluster_weights_, self.cluster_shares_
+        assert fitted.se is not None and raw.se is not None  # noqa: PT018
+        allowed = torch.maximum(_WEIGHT_ERRORS * torch.hypot(fitted.se, raw.se), _WEIGHT_MARGIN * raw.weights)
+        excess = (fitted.weights - raw.weights).abs() / allowed
+        wrong = int((excess > 1).sum())
+        if not wrong:
+            return []
+        worst = int(excess.argmax())
+        weight, share, _ = self._found_clusters()[worst]
+        others = f" (and {wrong - 1} more cluster{'s' * (wrong > 2)})" if wrong > 1 else ""
+        return [
+            f"the fitted weight of cluster {worst + 1} is {weight}, its share of the {raw.n} rows {share}{others}: the fit is "
+            "wrong there, unless the rows are a weighted sample; train longer (steps), take another beta or reference, or see "
+            "blindness_check()"
+        ]
 
     # --- what the fit says
 
@@ -265,11 +304,23 @@ class MixtureScoreMatching:
         value = torch.cat([bridge.log_density(part) for part in z.split(16_384)])
         return value - self.scale_.log().sum()
 
-    def log_prob(self, x: Float[Tensor, "row dim"]) -> Float[Tensor, " row"]:
+    @property
+    def dim(self) -> int:
+        """Number of columns; with it a fitted model is a `Target` that `noisewise.sample` takes."""
+        _ = self.bridged  # says so before `fit`
+        return len(self.mean_)
+
+    def log_prob(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         """As `score_samples`, but differentiable in x and in its dtype, on the scale of the data."""
         bridge = self.bridged
-        z = (x.to(self.mean_) - self.mean_) / self.scale_
-        return (bridge.log_density(z) - self.scale_.log().sum()).to(x)
+        z = ((x.to(self.mean_) - self.mean_) / self.scale_).reshape(-1, self.dim)
+        return (bridge.log_density(z) - self.scale_.log().sum()).reshape(x.shape[:-1]).to(x)
+
+    def log_prob_and_score(
+        self, x: Float[Tensor, "*batch dim"]
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch dim"]]:
+        """`log_prob` and its gradient in x, as a `Target` gives them."""
+        return TorchTarget(self.log_prob, self.dim).log_prob_and_score(x)
 
     def score(self, X: Any, y: None = None) -> float:
         """Mean log density of the rows, the higher the better."""
@@ -280,11 +331,12 @@ class MixtureScoreMatching:
     ) -> Float[Tensor, "row dim"]:
         """`n` draws of the fitted density on the scale of the data, by Markov chains of `noisewise.sampling.sample`.
 
+        Not the signature of scikit-learn's density estimators: the number is `n`, not `n_samples`, and draws alone come back.
+
         `kernel`: makes a kernel of a target, such as `ParallelTempering`; None takes `FittedDiGS`. The chains begin at draws
         of the reference that were resampled by their weight; the warnings of the sampler are passed on.
         """
         from noisewise.sampling.loop import sample as run_chains
-        from noisewise.targets.target import TorchTarget
 
         bridge = self.bridged
         n = check_count("n", n)
@@ -302,21 +354,28 @@ class MixtureScoreMatching:
 
     @torch.no_grad()
     def mode_weights(
-        self, partition: Float[Tensor, "mode dim"] | Callable[[Tensor], Tensor] | None = None, seed: int = 0
+        self, partition: Float[Tensor, "mode dim"] | Callable[[Tensor], Tensor] | Any = None, seed: int = 0
     ) -> ModeWeights:
         """Probability of each part of space under the fitted density, with bootstrap errors.
 
-        `partition`: centres on the scale of the data (a point belongs to the nearest), a callable [n, dim] -> [n] of labels
-        from 0, or None for the clusters that `fit` found. By importance weights of 100,000 draws of the reference; the errors
-        resample these draws and the normaliser, and do not include how the fit varies with the data: see `blindness_check`.
+        `partition`: centres on the scale of the data (tensor, array, list, frame; a point belongs to the nearest), a callable
+        [n, dim] -> [n] of labels from 0, or None for the clusters that `fit` found. By importance weights of 100,000 draws of
+        the reference; the errors resample these draws and the normaliser, and do not include how the fit varies with the
+        data: see `blindness_check`.
         """
         bridge = self.bridged
         generator = torch.Generator(device=self.mean_.device).manual_seed(check_count("seed", seed, 0))
         drawn = bridge.reference.sample(_DRAWS, generator).to(self.mean_)
         assign = self.clusters_ if partition is None else partition
+        if not callable(assign):
+            assign = self._rows_like_fit(assign, "partition")
         where = drawn if partition is None else drawn * self.scale_ + self.mean_
-        labels = assign_modes(where, assign.to(where) if isinstance(assign, Tensor) else assign)
-        number = len(assign) if isinstance(assign, Tensor) else int(labels.max()) + 1
+        labels = assign_modes(where, assign)
+        if partition is None:
+            # a cluster that no draw reaches has weight 0
+            number = self.clusters_.number
+        else:
+            number = len(assign) if isinstance(assign, Tensor) else int(labels.max()) + 1
         return density_weights(bridge, drawn, labels, number, generator)
 
     def blindness_check(self, k: int = 3, partition: Any = None, X: Any = None) -> Blindness:
@@ -324,7 +383,7 @@ class MixtureScoreMatching:
 
         `partition`: as in `mode_weights`. `X`: the data, needed only after `from_pretrained`.
         """
-        assign = self.clusters_ if partition is None else partition
+        _ = self.bridged  # says so before `fit`
         if X is None and not hasattr(self, "_rows"):
             raise InvalidInput("a loaded model does not hold its data: blindness_check(k, X=data)")
         rows = self._rows if X is None else X
@@ -341,7 +400,7 @@ class MixtureScoreMatching:
                 again.fit(rows)
             if partition is None:
                 again.clusters_ = self.clusters_
-            found.append(again.mode_weights(None if partition is None else assign).weights)
+            found.append(again.mode_weights(partition).weights)
         width = max(map(len, found))
         weights = torch.stack([nn.functional.pad(w, (0, width - len(w))) for w in found])
         return Blindness(weights, weights.std(0))
@@ -352,24 +411,40 @@ class MixtureScoreMatching:
         normalizer = bridge.normalizer
         lines = [
             f"MixtureScoreMatching: {len(self.mean_)} columns, beta {self.beta:g}, weights of step {self.best_step_} "
-            f"of {self.steps}",
+            f"of {self.steps}" + self._cut(),
             f"clusters of the data: {self.clusters_.number}"
             + ("; no gap found, so plain score matching may do as well" if self.clusters_.number == 1 else ""),
             *(
-                f"gap {gap.first}-{gap.second}: {gap.width:.3g} wide (standardised), {gap.points:.0f} reference points"
+                f"cluster {number}: weight {weight}, share of the rows {share}, centre ({_numbers(centre)})"
+                for number, (weight, share, centre) in enumerate(self._found_clusters(), 1)
+                if self.clusters_.number > 1
+            ),
+            *(
+                f"gap {gap.first + 1}-{gap.second + 1}: {gap.width:.3g} wide (standardised), {gap.points:.0f} reference points"
                 for gap in self.gaps_
             ),
             f"log normaliser {normalizer.value:.4f} ± {normalizer.se:.1g} ({self.normalizer} sampling)",
-            f"negative mass {self.negative_mass_:.3%} ± {self.negative_mass_se_:.1g}, floor {self.floor:g} of the reference",
+            f"negative mass {self.negative_mass_:.3%} ± {self.negative_mass_se_:.3%}, floor {self.floor:g} of the reference",
             f"{self.cost_.gradients:.3g} network rows in {self.cost_.seconds:.1f} s",
             *(f"warning: {text}" for text in self.warnings_),
         ]
         return "\n".join(lines)
 
-    def _rows_like_fit(self, X: Any) -> Tensor:
-        rows = _as_rows(X, 1).to(self.mean_)
+    def _found_clusters(self) -> list[tuple[Measurement, Measurement, list[float]]]:
+        """Fitted weight, share of the rows and centre of each cluster."""
+        both = (self.cluster_weights_.measurements(), self.cluster_shares_.measurements())
+        return list(zip(*both, self.cluster_centres_.tolist(), strict=True))
+
+    def _cut(self) -> str:
+        """Where training was cut short, in words."""
+        if self.n_iter_ >= self.steps:
+            return ""
+        return f", {'interrupted' if self.interrupted_ else 'stopped by max_seconds'} at step {self.n_iter_}"
+
+    def _rows_like_fit(self, X: Any, name: str = "X") -> Tensor:
+        rows = _as_rows(X, 1, name).to(self.mean_)
         if rows.shape[1] != len(self.mean_):
-            raise InvalidInput(f"X has {rows.shape[1]} columns, the model was fitted to {len(self.mean_)}")
+            raise InvalidInput(f"{name} has {rows.shape[1]} columns, the model was fitted to {len(self.mean_)}")
         return rows
 
     # --- keeping
@@ -389,14 +464,17 @@ class MixtureScoreMatching:
         return keeping.load(cls, folder, energy, reference)
 
 
-def _as_rows(X: Any, least: int = 2) -> Tensor:
+def _numbers(values: list[float]) -> str:
+    """The first coordinates of a point, for a line of a report."""
+    return ", ".join(f"{value:.4g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
+
+
+def _as_rows(X: Any, least: int, name: str = "X") -> Tensor:
     """[row, dim] in float64, with the rows that are not finite named."""
-    try:
-        rows = X.detach() if isinstance(X, Tensor) else torch.as_tensor(getattr(X, "values", X), dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"X must be rows of numbers, [row, dim]: {error}") from error
+    rows = as_rows(X, name)
     if rows.ndim != 2:
-        raise InvalidInput(f"X must be [row, dim], got shape {tuple(rows.shape)}; for one column use X[:, None]")
+        advice = f"; for one column use {name}[:, None]" if rows.ndim == 1 else ""
+        raise InvalidInput(f"{name} must be [row, dim], got shape {tuple(rows.shape)}{advice}")
     rows = rows.double()
     check_rows(rows, least)
     return rows

@@ -62,7 +62,11 @@ class EnergyNet(nn.Module):
         self.corruption: Corruption | None = None
 
     def forward(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
-        """Energies, in the dtype of the weights."""
+        """Energies, in the dtype of the weights. Raises `InvalidInput` for points of another width than `dim`."""
+        if self._own and x.shape[-1] != self.dim:
+            raise InvalidInput(
+                f"this EnergyNet has dim {self.dim}, got points of shape {tuple(x.shape)}: EnergyNet({x.shape[-1]}) takes these"
+            )
         out = self.net(x)
         if not isinstance(out, Tensor) or len(out) != len(x) or (self.head == "autoencoder" and out.shape != x.shape):
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

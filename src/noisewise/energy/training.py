@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from noisewise.energy.losses import check_trace, dsm_loss, score_matching_loss
 from noisewise.energy.network import check_curvature
+from noisewise.energy.rows import as_rows, check_rows
 from noisewise.errors import InvalidInput, NoisewiseError
 from noisewise.networks.mlp import check_smooth
 from noisewise.noise import Corruption
@@ -23,7 +24,7 @@ from noisewise.progress import Reporter
 from noisewise.runs import RunFolder
 from noisewise.typing import Cost, check_count, check_positive
 
-__all__ = ["EnergyFit", "Fit", "Loss", "Plan", "check_rows", "fit_energy"]
+__all__ = ["EnergyFit", "Fit", "Loss", "Plan", "fit_energy"]
 
 Loss = Callable[[Any, Tensor, torch.Generator], Tensor]
 
@@ -56,7 +57,7 @@ class EnergyFit:
 
 def fit_energy(
     net: nn.Module,
-    data: Float[Tensor, "row *event"],
+    data: Float[Tensor, "row *event"] | Any,
     loss: str | Loss = "dsm",
     corruption: Corruption | None = None,
     *,
@@ -72,7 +73,7 @@ def fit_energy(
     progress: bool = False,
     seed: int = 0,
 ) -> EnergyFit:
-    """Train `net`, in place, so that exp(-net) has the score of `data`, [row, *event].
+    """Train `net`, in place, so that exp(-net) has the score of `data`, [row, *event] (tensor, array, list or frame).
 
     `loss`: "dsm" (needs `corruption`; `net` becomes the energy of the noisy density and records the noise level as
     `net.corruption`), "sm" (exact score matching, at most 64 coordinates), or your own `loss(energy, batch, generator)`, a
@@ -337,19 +338,11 @@ def _gentle_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def check_rows(data: Float[Tensor, "row *event"], least: int = 2) -> None:
-    """Raise `InvalidInput` unless there are `least` rows or more, all finite; the first rows that are not are named."""
-    if data.ndim < 2 or len(data) < least or not data[:1].numel():
-        raise InvalidInput(f"data must be [row, dim] with at least {least} rows, got shape {tuple(data.shape)}")
-    bad = (~torch.isfinite(data).flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise InvalidInput(
-            f"{len(bad)} of {len(data)} rows hold NaN or infinite values (rows {shown}): remove or fill them"
-        )
-
-
 def _as_loss(loss: Any, corruption: Corruption | None) -> tuple[Loss, str]:
+    if loss not in ("dsm", "sm") and not callable(loss):
+        raise InvalidInput(
+            f'unknown loss: {loss!r}; it must be "dsm", "sm" or a callable loss(energy, batch, generator)'
+        )
     if loss == "dsm":
         if corruption is None:
             raise InvalidInput('loss="dsm" needs the noise level: corruption=Corruption(a=1.0, s=...)')
@@ -358,21 +351,20 @@ def _as_loss(loss: Any, corruption: Corruption | None) -> tuple[Loss, str]:
         raise InvalidInput(f'corruption belongs to loss="dsm" and would do nothing for loss={loss!r}')
     if loss == "sm":
         return lambda energy, x, generator: score_matching_loss(energy, x, "exact", generator), "sm"
-    if not callable(loss):
-        raise InvalidInput(f'loss must be "dsm", "sm" or a callable loss(energy, batch, generator), got {loss!r}')
     return loss, getattr(loss, "__qualname__", type(loss).__name__)
 
 
-def _prepared(net: Any, data: Tensor) -> Tensor:
+def _prepared(net: Any, data: Any) -> Tensor:
     """The rows in the dtype and on the device of the network, after the checks of both."""
     if not isinstance(net, nn.Module):
         raise InvalidInput(
             f"net must be an EnergyNet or a torch.nn.Module that gives energies, got {type(net).__name__}"
         )
     check_smooth(net)
+    data = as_rows(data)
     check_rows(data)
     first = next(net.parameters(), None)
-    return (data if first is None else data.to(first)).detach()
+    return data if first is None else data.to(first)
 
 
 def _share(name: str, value: object, below: float | int) -> float:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from noisewise.denoising.covariance import DiagonalCovariance, FullCovariance
-from noisewise.denoising.models import Energy, as_model
+from noisewise.denoising.models import Energy, as_model, check_corruption
 from noisewise.denoising.moments import COVARIANCES, GaussianPosterior, NonFiniteRows, gaussian_posterior
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption
@@ -91,6 +91,7 @@ class DenoisingGibbs:
         object.__setattr__(self, "model", as_model(self.model))
         if not isinstance(self.corruption, Corruption):
             raise InvalidInput(f"corruption must be a Corruption(a, s), got {self.corruption!r}")
+        check_corruption(self.model, self.corruption)
         if self.covariance not in COVARIANCES:
             raise InvalidInput(f"covariance must be one of {', '.join(COVARIANCES)}, got {self.covariance!r}")
         if self.final not in ("sample", "mean"):
@@ -154,7 +155,15 @@ class DenoisingGibbs:
         return self._corrected_step(state, generator) if self.correct else self._gibbs_step(state, generator)
 
     def _gibbs_step(self, state: GibbsState, generator: torch.Generator) -> tuple[GibbsState, GibbsInfo]:
-        posterior = self._posterior(self.corruption.corrupt(state.clean, generator), generator)
+        x_t = self.corruption.corrupt(state.clean, generator)
+        try:
+            posterior = self._posterior(x_t, generator)
+        except NonFiniteRows as error:
+            raise NonFiniteRows(
+                f"{error}; x_t reaches {float(x_t.abs().max()):.3g}: where that is far beyond the data, the chains have diverged "
+                "for want of a density with this score: check its sign and its noise level, or train longer",
+                error.rows,
+            ) from error
         clean = posterior.sample(generator)
         return GibbsState(posterior.mean if self.final == "mean" else clean, clean), GibbsInfo(_share(posterior, clean))
 

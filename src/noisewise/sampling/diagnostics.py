@@ -40,6 +40,8 @@ _HIGH_R_HAT, _LOW_ESS = 1.05, 100.0
 # a chain leaves a place where target / fit is e^12 times the usual once in some hundred thousand fitted moves
 _OUT_OF_PROPORTION = 12.0
 _LOW = 0.01
+# no density of one scale is so much wider than the starts (or than 1, where they are smaller)
+_DIVERGED = 1e6
 # single draws in a far tail are no missed mode
 _UNCOVERED_SHARE = 0.005
 
@@ -108,9 +110,15 @@ def _connected(joined: Tensor) -> Tensor:
     return torch.unique(first, return_inverse=True)[1]
 
 
-def diagnose(draws: "Draws", kernel: Any) -> list[str]:
-    """Warnings about a finished run, each with its remedy; cheap, without any call of the target."""
-    found = []
+def diagnose(draws: "Draws", kernel: Any, reach: float = math.inf) -> list[str]:
+    """Warnings about a finished run, each with its remedy; cheap, without any call of the target.
+
+    `reach`: largest coordinate of the starts, in absolute value.
+    """
+    found = _diverged(draws, kernel, reach)
+    if found:
+        # what the other diagnostics say of such draws is void
+        return found
     stats = draws.stats
     if "mwg_acceptance" in stats:
         found += _stuck(draws, kernel)
@@ -132,6 +140,24 @@ def diagnose(draws: "Draws", kernel: Any) -> list[str]:
     if getattr(kernel, "reference", None) is not None and kernel.components == "gaussian":
         found += _uncovered(draws, kernel)
     return found
+
+
+def _diverged(draws: "Draws", kernel: Any, reach: float) -> list[str]:
+    """Chains that end beyond all scale of their starts, or were not finite on the way: no acceptance step held them."""
+    chains, count, _ = draws.positions.shape
+    last = draws.positions[:, -1].abs().amax(-1)
+    away = ~torch.isfinite(draws.positions).flatten(1).all(1) | (last > _DIVERGED * max(reach, 1.0))
+    if not bool(away.any()):
+        return []
+    remedy = (
+        "lower step_size"
+        if hasattr(kernel, "step_size")
+        else "the model gives no density's score out there: check the sign of its score and its noise level, or train it longer"
+    )
+    return [
+        f"{int(away.sum())} of {chains} chains have diverged: after {count} draws a position is {float(last.max()):.3g}, where "
+        f"the starts reached {reach:.3g}; these draws are worthless: {remedy}"
+    ]
 
 
 def _uncovered(draws: "Draws", kernel: Any) -> list[str]:

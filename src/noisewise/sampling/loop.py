@@ -107,6 +107,7 @@ def continue_run(kernel_or_target: Any, earlier: Draws, draws: int, progress: bo
     run = Run(kernel, state, seeded(0, earlier.positions.device), plan, dict(earlier.config), None)
     run.generator.set_state(earlier.final.generator)
     run.cost, run.warmed = earlier.cost, True
+    run.reach = float(earlier.positions[:, 0].abs().max())
     run.squares = earlier.squares.clone() if earlier.squares is not None else run.squares
     return earlier.joined(run.finish(progress))
 

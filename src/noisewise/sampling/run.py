@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from noisewise.errors import InvalidInput, NoisewiseWarning
+from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
 from noisewise.progress import Reporter
 from noisewise.runs import RunFolder
 from noisewise.sampling.adaptation import BurnIn
@@ -67,6 +67,8 @@ class Run:
     interrupted: bool = False
     done: bool = False
     allowance: int = 0
+    # size of the starts, against which a diverged chain is told
+    reach: float = 0.0
 
     def __post_init__(self) -> None:
         self.phases: list[Any] = []
@@ -84,6 +86,7 @@ class Run:
         """Check the target and the budget, then claim the folder."""
         cold = _checked_start(kernel, start)
         run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
+        run.reach = float(start.abs().max())
         run.cost = Cost(gradients=len(start) * getattr(kernel, "gradients_at_start", 1))
         run.allowance = run._warmup_allowance(cold)
         run.phases = run._warmup_phases(cold)
@@ -103,6 +106,7 @@ class Run:
             return cls.begin(kernel, start, plan, config, None)._in(folder)
         cold = _checked_start(kernel, start)
         run = cls(kernel, cold, seeded(config["seed"], start.device), plan, config, folder)
+        run.reach = float(start.abs().max())
         tensors, progress = stored
         final, squares = unpack(tensors)
         for name in ("warmed", "phase", "index", "steps", "pieces", "allowance"):
@@ -182,7 +186,7 @@ class Run:
                 if self.folder is not None:
                     self.folder.event("interrupted", draws=self._count)
         result = self._draws()
-        found = diagnose(result, self.kernel) if result.positions.shape[1] else self._why_no_draws()
+        found = diagnose(result, self.kernel, self.reach) if result.positions.shape[1] else self._why_no_draws()
         self.messages += [text for text in found if text not in self.messages]
         result = replace(result, warnings=tuple(self.messages))
         if self.folder is not None and (self.done or self._mark is not None):
@@ -404,8 +408,25 @@ def _checked_start(kernel: Any, start: Tensor) -> Any:
     """The state at the starts, checked: of the target, or of the model that a kernel without a target samples."""
     if hasattr(kernel, "bind"):
         check_start(start)
-        return kernel.init(start)
+        try:
+            return kernel.init(start)
+        except NoisewiseError:
+            raise
+        except Exception as error:  # whatever the user's own network raises
+            raise InvalidInput(
+                f"the model failed on starts of shape {tuple(start.shape)} and dtype {start.dtype}: "
+                f"{type(error).__name__}: {error}; {_advice(kernel.model, start)}"
+            ) from error
     return ChainState(start, *check_target(kernel.target, start))
+
+
+def _advice(model: Any, start: Tensor) -> str:
+    """What to do about a model that fails at the starts: the dtype, where that is known to differ, or the shape."""
+    owner = getattr(model.fn, "__self__", model.fn)
+    weight = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
+    if weight is not None and weight.dtype != start.dtype:
+        return f"its weights are {weight.dtype}: give init=init.to({weight.dtype}), or convert the network"
+    return f"it must take [chain, {start.shape[1]}]: give init the number of coordinates that the model was trained on"
 
 
 def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from noisewise.denoising.models import as_model
+from noisewise.denoising.models import as_model, check_corruption
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption
 from noisewise.sampling.kernel import Phase, as_setting, given_settings, plain_settings
@@ -49,6 +49,7 @@ class NoisyLangevin:
         object.__setattr__(self, "model", as_model(self.model))
         if not isinstance(self.corruption, Corruption):
             raise InvalidInput(f"corruption must be a Corruption(a, s), got {self.corruption!r}")
+        check_corruption(self.model, self.corruption)
         as_setting("step_size", self.step_size)
 
     def bind(self, start: Float[Tensor, "chain dim"]) -> "NoisyLangevin":
