@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from noisewise.energy.bridged import Bridged, corrected_log_prob
+from noisewise.energy.bridged import Bridged, Proposal, corrected_log_prob
 from noisewise.energy.gaps import find_clusters, find_gaps
 from noisewise.energy.losses import mixture_log_prob
 from noisewise.energy.normalizer import LogNormalizer
@@ -16,6 +16,9 @@ F64 = torch.float64
 BETA = 0.8
 P = GaussianMixture(torch.tensor([[-4.0], [4.0]], dtype=F64), 1.0, torch.tensor([0.2, 0.8], dtype=F64))
 M = gaussian_reference(P.sample(10_000, torch.Generator().manual_seed(0)))
+PROPOSAL = Proposal.around(
+    find_clusters(P.sample(10_000, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)), M
+)
 GRID = torch.linspace(-20, 20, 8001, dtype=F64)[:, None]
 DX = 40 / 8000
 
@@ -47,27 +50,54 @@ def test_the_negative_mass_is_that_of_quadrature():
     log_q = found.log_prob(GRID)
     difference = (log_q.exp() - (1 - BETA) * M.log_prob(GRID).exp()) / BETA
     negative, total = float((-difference).clamp(min=0).sum() * DX), float(difference.clamp(min=0).sum() * DX)
-    mass = found.mass(M.sample(200_000, torch.Generator().manual_seed(1)))
+    mass = found.mass(*PROPOSAL.draw(200_000, torch.Generator().manual_seed(1)))
     assert negative > 0.01
     assert abs(mass.negative - negative) < 4 * mass.se
+    assert abs(mass.signed - 1) < 4 * mass.signed_se
     # what is above zero exceeds 1 by what is below
-    assert mass.total == pytest.approx(total, abs=4 * mass.se + 1e-6)
+    assert abs(mass.total - total) < 4 * mass.signed_se
+
+
+def test_a_wrong_normaliser_shows_as_another_mass():
+    right = bridge(wiggled)
+    wrong = Bridged(right.energy, M, BETA, LogNormalizer(right.normalizer.value - math.log(1.5), 0.01, 100), 0.0)
+    mass = wrong.mass(*PROPOSAL.draw(200_000, torch.Generator().manual_seed(1)))
+    assert abs(mass.signed - (1.5 - (1 - BETA)) / BETA) < 4 * mass.signed_se
+    found = Bridged(wrong.energy, M, BETA, wrong.normalizer, 0.0, mass.total)
+    assert float(found.log_density(GRID).exp().sum() * DX) == pytest.approx(1, abs=4 * mass.signed_se)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.02])
+def test_the_proposal_weighs_its_draws_exactly(spread):
+    # E_g[m / g] = 1, and m / g is bounded, also where the clusters are far narrower than m
+    data = spread * torch.randn(3000, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    data[:500] += 3.0
+    m = gaussian_reference(data)
+    proposal = Proposal.around(find_clusters(data, torch.Generator().manual_seed(0)), m)
+    drawn, log_share = proposal.draw(100_000, torch.Generator().manual_seed(1))
+    share = log_share.exp()
+    assert float(share.max()) <= 2
+    assert abs(float(share.mean()) - 1) < 4 * float(share.std()) / 100_000**0.5
+    for column in range(2):
+        mean = share * drawn[:, column]
+        assert abs(float(mean.mean() - m.mean[column])) < 4 * float(mean.std()) / 100_000**0.5
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e-3, 0.05])
 def test_floored_and_renormalised_it_integrates_to_one(floor):
     raw = bridge(wiggled, floor)
-    total = raw.mass(M.sample(400_000, torch.Generator().manual_seed(2))).total
-    found = Bridged(raw.energy, M, BETA, raw.normalizer, floor, total)
-    assert float(found.log_density(GRID).exp().sum() * DX) == pytest.approx(1, abs=2e-3)
+    mass = raw.mass(*PROPOSAL.draw(400_000, torch.Generator().manual_seed(2)))
+    found = Bridged(raw.energy, M, BETA, raw.normalizer, floor, mass.total)
+    assert float(found.log_density(GRID).exp().sum() * DX) == pytest.approx(1, abs=4 * mass.signed_se)
     least = (found.log_density(GRID) - M.log_prob(GRID)).exp().min().item()
-    assert least == pytest.approx(floor / total, abs=1e-12)
+    assert least == pytest.approx(floor / mass.total, abs=1e-12)
 
 
 def test_importance_weights_are_the_ratio_of_densities():
     found = bridge(exact, 1e-3)
-    x = M.sample(100, torch.Generator().manual_seed(3))
-    assert torch.allclose(found.weights(x).log(), found.log_density(x) - M.log_prob(x), atol=1e-9)
+    x, log_share = PROPOSAL.draw(100, torch.Generator().manual_seed(3))
+    log_g = M.log_prob(x) - log_share
+    assert torch.allclose(found.weights(x, log_share).log(), found.log_density(x) - log_g, atol=1e-9)
 
 
 def test_the_score_of_the_data_is_untangled_from_the_two_others():

@@ -11,10 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from noisewise.energy.gaps import Clusters
 from noisewise.energy.network import score_of
 from noisewise.energy.normalizer import LogNormalizer
+from noisewise.targets.gaussian_mixture import GaussianMixture
 
 __all__ = ["Bridged", "Mass", "ResidualEnergy", "corrected_log_prob"]
+
+
+# deviations of the proposal in units of the clusters' own: the tails of p must not outrun it
+_WIDER = 1.5
 
 
 class ResidualEnergy(nn.Module):
@@ -31,11 +37,16 @@ class ResidualEnergy(nn.Module):
 
 
 class Mass(NamedTuple):
-    """What the correction had to mend. `negative`: mass below zero before, with `se`; `total`: mass after the floor."""
+    """What the correction had to mend. `negative`: mass below zero before, with `se`; `total`: mass after the floor.
+
+    `signed`: mass before the floor, what is negative subtracted, with `signed_se`; 1 if the normaliser is right.
+    """
 
     negative: float
     se: float
     total: float
+    signed: float
+    signed_se: float
 
 
 def corrected_log_prob(
@@ -89,20 +100,60 @@ class Bridged:
         return score_of(lambda point: -self.log_density(point), z)
 
     @torch.no_grad()
-    def weights(self, drawn: Float[Tensor, "drawn dim"]) -> Float[Tensor, " drawn"]:
-        """Density of the data over that of the reference, at draws of the reference: importance weights."""
-        return corrected_ratio(self.log_ratio(drawn), self.beta).clamp(min=self.floor) / self.total
+    def weights(self, drawn: Float[Tensor, "drawn dim"], log_share: Float[Tensor, " drawn"]) -> Float[Tensor, " drawn"]:
+        """Importance weights of the data's density at draws of a proposal g; `log_share`: log m - log g there."""
+        return corrected_ratio(self.log_ratio(drawn), self.beta).clamp(min=self.floor) * log_share.exp() / self.total
 
     @torch.no_grad()
-    def mass(self, drawn: Float[Tensor, "drawn dim"]) -> Mass:
-        """Negative and total mass of the correction from draws of the reference.
+    def mass(self, drawn: Float[Tensor, "drawn dim"], log_share: Float[Tensor, " drawn"]) -> Mass:
+        """Masses of the correction from draws of a proposal g; `log_share`: log m - log g there.
 
-        (q - (1 - beta) m) / beta integrates to 1, so both are means of bounded functions under m.
+        The signed mass is 1 where the normaliser is right. It rests on draws of the data as if they were draws of the bridge,
+        so a fit that is wrong shows as another mass.
         """
+        share = log_share.exp()
         ratio = corrected_ratio(self.log_ratio(drawn), self.beta)
-        negative = (-ratio).clamp(min=0)
-        lifted = (self.floor - ratio).clamp(min=0)
-        return Mass(float(negative.mean()), float(negative.std()) / math.sqrt(len(drawn)), 1 + float(lifted.mean()))
+        negative, signed = share * (-ratio).clamp(min=0), share * ratio
+        root = math.sqrt(len(drawn))
+        return Mass(
+            float(negative.mean()), float(negative.std()) / root, float((share * ratio.clamp(min=self.floor)).mean()),
+            float(signed.mean()), float(signed.std()) / root,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Half reference, half Gaussians on the clusters of the data: it lies wherever the density of the data does."""
+
+    reference: Any
+    clusters: GaussianMixture
+
+    @classmethod
+    def around(cls, clusters: Clusters, reference: Any) -> "Proposal":
+        """One Gaussian for each cluster, with its mean, `_WIDER` times its deviations, and its share of the rows."""
+        means, covariances, counts = [], [], []
+        dim = clusters.rows.shape[1]
+        # what a cluster of few rows does not tell of its shape comes from the others
+        common = clusters.width**2 * torch.eye(dim, dtype=clusters.rows.dtype, device=clusters.rows.device)
+        for group in clusters.groups:
+            offset = group - group.mean(0)
+            means.append(group.mean(0))
+            covariances.append(_WIDER**2 * (offset.T @ offset + (dim + 1) * common) / (len(group) + dim + 1))
+            counts.append(len(group))
+        weights = torch.tensor(counts, dtype=means[0].dtype, device=means[0].device)
+        mixture = GaussianMixture(torch.stack(means), torch.stack(covariances), weights / weights.sum())
+        return cls(reference, mixture)
+
+    @torch.no_grad()
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Float[Tensor, "drawn dim"], Float[Tensor, " drawn"]]:
+        """`n` draws (rounded up to an even number) and log m - log g at them, at most log 2."""
+        half = -(-n // 2)
+        like = self.clusters.means
+        drawn = torch.cat(
+            [self.reference.sample(half, generator).to(like), self.clusters.sample(half, generator).to(like)]
+        )
+        log_m = self.reference.log_prob(drawn)
+        return drawn, log_m - (torch.logaddexp(log_m, self.clusters.log_prob(drawn)) - math.log(2))
 
 
 def corrected_ratio(log_ratio: Tensor, beta: float) -> Tensor:

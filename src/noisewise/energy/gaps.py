@@ -42,6 +42,22 @@ class Clusters:
         """How many clusters there are."""
         return int(self.labels.max()) + 1
 
+    @property
+    def width(self) -> float:
+        """Root mean square deviation of rows from the mean of their cluster, over all columns."""
+        offset = torch.cat([group - group.mean(0) for group in self.groups])
+        return float(offset.square().mean().sqrt())
+
+    @property
+    def detail(self) -> float:
+        """How much finer than the standardised data their clusters are, 1 / width, between 1 and 10: a network's `gain`."""
+        return min(max(1 / self.width, 1.0), 10.0)
+
+    @property
+    def groups(self) -> list[Float[Tensor, "member dim"]]:
+        """The rows of each cluster."""
+        return [self.rows[self.labels == label] for label in range(self.number)]
+
     def __call__(self, x: Float[Tensor, "n dim"]) -> Int[Tensor, " n"]:
         """Label of each point: that of the nearest row."""
         if self.number == 1:
@@ -77,7 +93,7 @@ def find_gaps(
 
     `draw(n)`: draws of the reference; `reference_points`: how many of them the bridge sample holds.
     """
-    groups = [clusters.rows[clusters.labels == label] for label in range(clusters.number)]
+    groups = clusters.groups
     if len(groups) < 2:
         return []
     points = draw(20_000).to(clusters.rows)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from noisewise.energy import keeping
-from noisewise.energy.bridged import Bridged, ResidualEnergy
+from noisewise.energy.bridged import Bridged, Proposal, ResidualEnergy
 from noisewise.energy.gaps import Clusters, Gap, find_clusters, find_gaps
 from noisewise.energy.losses import bridge_score_matching, check_beta, check_trace
 from noisewise.energy.network import EnergyNet
@@ -45,6 +45,8 @@ __all__ = ["Blindness", "MixtureScoreMatching"]
 _DRAWS = 100_000
 # below or above these a result stands on weak ground
 _GAP_POINTS, _EFFECTIVE, _NEGATIVE = 50, 100, 0.01
+# a mass further from 1 than this, errors apart, is no rounding of the normaliser
+_MASS = 0.05
 _CHAINS = 100
 # a fitted weight may miss the share of the rows by so many standard errors, or by this part of itself, which refits from
 # other seeds differ by
@@ -153,10 +155,10 @@ class MixtureScoreMatching:
         """Fit to `X`, [row, dim] (tensor, array or list); `y` is ignored. Returns self.
 
         Warns, naming the remedy, when a gap holds fewer than 50 reference points, the normaliser rests on fewer than 100
-        effective points, the negative mass exceeds 1 %, there are fewer than 50 rows a column, or the weight of a cluster is
-        further from its share of the rows than four standard errors and a twentieth of it. Raises `InvalidInput` before any
-        training for fewer than 10 rows, NaN rows, constant columns, a reference that misses rows, `beta` outside (0, 1) and
-        every other setting that cannot work.
+        effective points, the mass of the fit is not 1, the negative mass exceeds 1 %, there are fewer than 50 rows a column,
+        or the weight of a cluster is further from its share of the rows than four standard errors and a twentieth of it.
+        Raises `InvalidInput` before any training for fewer than 10 rows, NaN rows, constant columns, a reference that misses
+        rows, `beta` outside (0, 1) and every other setting that cannot work.
         """
         rows = _as_rows(X, LEAST_ROWS)
         self._check_settings(rows)
@@ -190,8 +192,9 @@ class MixtureScoreMatching:
         drawn = reference.sample(_DRAWS, generator).to(bridge_rows)
         normalizer = log_normalizer(energy, reference, drawn, bridge_rows, self.normalizer)
         raw = Bridged(energy, reference, float(self.beta), normalizer, float(self.floor))
-        mass = raw.mass(reference.sample(_DRAWS, generator).to(bridge_rows))
+        mass = raw.mass(*Proposal.around(self.clusters_, reference).draw(_DRAWS, generator))
         self._set_fitted(replace(raw, total=mass.total), mass.negative, mass.se)
+        self._signed = mass.signed, mass.signed_se
         self.cluster_weights_ = self.mode_weights()
         self.warnings_ = tuple(self._find_faults())
         for text in self.warnings_:
@@ -240,7 +243,9 @@ class MixtureScoreMatching:
     def _make_energy(self, reference: Any, dim: int) -> nn.Module:
         """The module that is trained, in float32 unless the given one is otherwise."""
         if self.energy is None:
-            return ResidualEnergy(EnergyNet(dim, self.hidden, self.depth, seed=self.seed), reference)
+            return ResidualEnergy(
+                EnergyNet(dim, self.hidden, self.depth, seed=self.seed, gain=self.clusters_.detail), reference
+            )
         own = copy.deepcopy(self.energy).requires_grad_(True)
         whole = isinstance(own, EnergyNet) and own.base_scale is not None
         return own if whole else ResidualEnergy(own, reference)
@@ -258,6 +263,13 @@ class MixtureScoreMatching:
             found.append(
                 f"the log normaliser has a standard error of {normalizer.se:.2g} (fewer than {_EFFECTIVE} effective points): "
                 "the reference hardly overlaps the data; use fewer dimensions or a closer reference"
+            )
+        signed, error = self._signed
+        if abs(signed - 1) > _MASS + 4 * error:
+            found.append(
+                f"the fitted density has the mass {signed:.2f} ± {error:.1g}, so the fit of the bridge does not match the rows: "
+                "log densities are renormalised, but shapes and weights are doubtful; train longer (steps), or scale down what "
+                "is far apart"
             )
         if self.negative_mass_ > _NEGATIVE:
             found.append(
@@ -342,8 +354,8 @@ class MixtureScoreMatching:
         n = check_count("n", n)
         chains = min(n, _CHAINS)
         generator = torch.Generator(device=self.mean_.device).manual_seed(check_count("seed", seed, 0))
-        drawn = bridge.reference.sample(_DRAWS, generator).to(self.mean_)
-        picked = torch.multinomial(bridge.weights(drawn), chains, replacement=True, generator=generator)
+        drawn, log_share = Proposal.around(self.clusters_, bridge.reference).draw(_DRAWS, generator)
+        picked = torch.multinomial(bridge.weights(drawn, log_share), chains, replacement=True, generator=generator)
         target = TorchTarget(bridge.log_density, len(self.mean_))
         made = run_chains(
             target if kernel is None else kernel(target),
@@ -359,13 +371,13 @@ class MixtureScoreMatching:
         """Probability of each part of space under the fitted density, with bootstrap errors.
 
         `partition`: centres on the scale of the data (tensor, array, list, frame; a point belongs to the nearest), a callable
-        [n, dim] -> [n] of labels from 0, or None for the clusters that `fit` found. By importance weights of 100,000 draws of
-        the reference; the errors resample these draws and the normaliser, and do not include how the fit varies with the
-        data: see `blindness_check`.
+        [n, dim] -> [n] of labels from 0, or None for the clusters that `fit` found. By importance weights of 100,000 draws,
+        half of the reference and half of Gaussians on the clusters; the errors resample these draws and the normaliser, and do
+        not include how the fit varies with the data: see `blindness_check`.
         """
         bridge = self.bridged
         generator = torch.Generator(device=self.mean_.device).manual_seed(check_count("seed", seed, 0))
-        drawn = bridge.reference.sample(_DRAWS, generator).to(self.mean_)
+        drawn, log_share = Proposal.around(self.clusters_, bridge.reference).draw(_DRAWS, generator)
         assign = self.clusters_ if partition is None else partition
         if not callable(assign):
             assign = self._rows_like_fit(assign, "partition")
@@ -376,7 +388,7 @@ class MixtureScoreMatching:
             number = self.clusters_.number
         else:
             number = len(assign) if isinstance(assign, Tensor) else int(labels.max()) + 1
-        return density_weights(bridge, drawn, labels, number, generator)
+        return density_weights(bridge, drawn, log_share, labels, number, generator)
 
     def blindness_check(self, k: int = 3, partition: Any = None, X: Any = None) -> Blindness:
         """Refit from `k` other seeds, all else equal, and compare the mode weights.

@@ -25,11 +25,11 @@ _HEADS = ("sum", "autoencoder")
 class EnergyNet(nn.Module):
     """Energy f of a density proportional to exp(-f), from a network with as many outputs as inputs.
 
-    `dim`: number of coordinates. `hidden`, `depth`, `activation`: of the `MLP` (`activation` twice differentiable: "silu",
-    "softplus", "tanh", "gelu"). `head`: "sum", the sum of the outputs, or "autoencoder", |x - net(x)|^2. `base_scale`: c of
-    a Gaussian base term |x|^2 / (2 c^2) that makes exp(-f) integrable, in units of x; None leaves it out. `net`: a module
-    of your own, [batch, *event] -> [batch, ...], in place of the MLP; its layers must be twice differentiable. `seed`: of
-    the initial weights; the global generator is not touched.
+    `dim`: number of coordinates. `hidden`, `depth`, `activation`, `gain`: of the `MLP` (`activation` twice differentiable:
+    "silu", "softplus", "tanh", "gelu"). `head`: "sum", the sum of the outputs, or "autoencoder", |x - net(x)|^2.
+    `base_scale`: c of a Gaussian base term |x|^2 / (2 c^2) that makes exp(-f) integrable, in units of x; None leaves it out.
+    `net`: a module of your own, [batch, *event] -> [batch, ...], in place of the MLP; its layers must be twice
+    differentiable. `seed`: of the initial weights; the global generator is not touched.
 
     `corruption`: None, or the noise level at which denoising score matching trained it: the energy is then that of the
     noisy density. Raises `InvalidInput` for a ReLU-like activation and for settings out of range.
@@ -45,6 +45,7 @@ class EnergyNet(nn.Module):
         base_scale: float | int | None = None,
         net: nn.Module | None = None,
         seed: int = 0,
+        gain: float | int = 1.0,
     ) -> None:
         super().__init__()
         self.dim = check_count("dim", dim)
@@ -56,8 +57,9 @@ class EnergyNet(nn.Module):
             raise InvalidInput(f"net must be a torch.nn.Module, got {type(net).__name__}")
         self._own = net is None
         self._settings = {"dim": self.dim, "hidden": hidden, "depth": depth, "activation": activation, "seed": seed}
+        self._settings["gain"] = gain
         self.head, self.base_scale = head, base_scale
-        self.net = MLP(dim, dim, hidden, depth, activation, seed) if net is None else net
+        self.net = MLP(dim, dim, hidden, depth, activation, seed, gain) if net is None else net
         check_smooth(self.net)
         self.corruption: Corruption | None = None
 

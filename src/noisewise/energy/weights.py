@@ -1,4 +1,4 @@
-"""Mode weights of a fitted density by importance sampling from its reference, with bootstrap errors."""
+"""Mode weights of a fitted density by importance sampling, with bootstrap errors."""
 
 import torch
 from jaxtyping import Float, Int
@@ -16,16 +16,17 @@ _REPLICATES = 100
 def density_weights(
     bridge: Bridged,
     drawn: Float[Tensor, "drawn dim"],
+    log_share: Float[Tensor, " drawn"],
     labels: Int[Tensor, " drawn"],
     modes: int,
     generator: torch.Generator,
 ) -> ModeWeights:
-    """Probability of each label under `bridge.log_density`, from draws of the reference and their labels.
+    """Probability of each label under `bridge.log_density`, from draws of a proposal g, log m - log g there, and their labels.
 
     Errors: replicates with Poisson counts for the draws and a normal error for the log normaliser, which enters each
     weight by what the reference takes away.
     """
-    member = nn.functional.one_hot(labels, modes).to(drawn)
+    member = nn.functional.one_hot(labels, modes).to(drawn) * log_share.exp().unsqueeze(-1)
     log_ratio = bridge.log_ratio(drawn)
 
     def weigh(shift: float, counts: Tensor) -> Tensor:

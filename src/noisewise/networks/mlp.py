@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from noisewise.errors import InvalidInput
-from noisewise.typing import check_count
+from noisewise.typing import check_count, check_positive
 
 __all__ = ["ACTIVATIONS", "MLP", "check_smooth"]
 
@@ -30,14 +30,22 @@ _KINKED = (
 class MLP(nn.Module):
     """`depth` hidden layers of `hidden` units with one smooth activation, then a linear layer.
 
-    `dim_in`, `dim_out`, `hidden`, `depth`: at least 1. `activation`: "silu", "softplus", "tanh" or "gelu"; "relu" and its
-    kin are refused, because an energy needs two derivatives. `seed`: weights and biases are drawn from
-    U(-1/sqrt(fan in), 1/sqrt(fan in)) by a generator of their own, on the CPU, whatever the global generator did.
+    `dim_in`, `dim_out`, `hidden`, `depth`: at least 1. `gain`: factor of the first layer's initial weights and biases, above 0;
+    the larger, the finer the structure of x that the network begins with. `activation`: "silu", "softplus",
+    "tanh" or "gelu"; "relu" and its kin are refused, because an energy needs two derivatives. `seed`: weights and biases are
+    drawn from U(-1/sqrt(fan in), 1/sqrt(fan in)) by a generator of their own, on the CPU, whatever the global generator did.
     Raises `InvalidInput`.
     """
 
     def __init__(
-        self, dim_in: int, dim_out: int, hidden: int = 128, depth: int = 3, activation: str = "silu", seed: int = 0
+        self,
+        dim_in: int,
+        dim_out: int,
+        hidden: int = 128,
+        depth: int = 3,
+        activation: str = "silu",
+        seed: int = 0,
+        gain: float | int = 1.0,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -50,6 +58,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for wide_in, wide_out in itertools.pairwise(widths):
             layers += [_empty_linear(wide_in, wide_out), ACTIVATIONS[activation]()]
+        self.gain = check_positive("gain", gain)
         self.layers = nn.Sequential(*layers, _empty_linear(widths[-1], check_count("dim_out", dim_out)))
         self.reset(seed)
 
@@ -57,11 +66,13 @@ class MLP(nn.Module):
     def reset(self, seed: int) -> None:
         """Draw all weights afresh, as a new network with this `seed` has them."""
         generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
+        factor = self.gain
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
-                bound = 1 / math.sqrt(layer.in_features)
+                bound = factor / math.sqrt(layer.in_features)
                 for parameter in (layer.weight, layer.bias):
                     parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                factor = 1.0
 
     def forward(self, x: Float[Tensor, "*batch dim_in"]) -> Float[Tensor, "*batch dim_out"]:
         """The outputs, of the dtype of the weights."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from noisewise.comparison import System
 from noisewise.energy.bridged import ResidualEnergy
+from noisewise.energy.gaps import find_clusters
 from noisewise.energy.losses import mixture_log_prob, score_matching_loss
 from noisewise.energy.mixture import MixtureScoreMatching
 from noisewise.energy.network import EnergyNet
@@ -60,7 +61,7 @@ def density_systems(
             mean, scale = x.mean(0), x.std(0)
             z = (x - mean) / scale
             reference = gaussian_reference(z)
-            net = ResidualEnergy(EnergyNet(x.shape[1], hidden=hidden, seed=seed), reference)
+            net = ResidualEnergy(EnergyNet(x.shape[1], hidden=hidden, seed=seed, gain=_detail(z)), reference)
             # the noise is one number on the standardised scale
             noise = None if corruption is None else Corruption(1.0, corruption * mode_width / float(scale.mean()))
             fit = fit_energy(
@@ -75,7 +76,7 @@ def density_systems(
         x = data(seed)
         mean, scale = x.mean(0), x.std(0)
         z = (x - mean) / scale
-        net = EnergyNet(x.shape[1], hidden=hidden, base_scale=base_scale, seed=seed)
+        net = EnergyNet(x.shape[1], hidden=hidden, base_scale=base_scale, seed=seed, gain=_detail(z))
         fit = fit_energy(
             net, z, _one_stage(gaussian_reference(z)), steps=int(budget), batch_size=_BATCH, learning_rate=_RATE,
             weight_decay=weight_decay, clip=_CLIP, seed=seed,
@@ -116,6 +117,11 @@ def density_systems(
             System("maximum likelihood by quadrature", of(lambda m, scale: _likelihood(*likelihood(*scale))), settings)
         )
     return tuple(systems)
+
+
+def _detail(z: Tensor) -> float:
+    """The gain that `MixtureScoreMatching` gives its network, for all the others."""
+    return find_clusters(z, torch.Generator().manual_seed(0)).detail
 
 
 def _energy(net: nn.Module, z: Tensor) -> Tensor:
