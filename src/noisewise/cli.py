@@ -76,7 +76,7 @@ METHODS = (
         "mfd",
         "MFD, mixture Fisher divergence",
         "energy",
-        "clustered data; an energy model with right mode weights",
+        "clustered data; an energy model that sees its mode weights",
         "Zhang et al., NeurIPS 2022 workshop, arXiv 2209.07396",
         "noisewise.energy.experiments.mfd",
     ),

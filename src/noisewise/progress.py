@@ -1,13 +1,17 @@
-"""Progress of anything a user waits for: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of anything a user waits for: a bar on a terminal, a line every few seconds elsewhere; and its interruption."""
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "gentle_interrupt"]
 
 _LOG_SECONDS = 5.0
 _BAR_SECONDS = 0.1
@@ -53,3 +57,23 @@ class Reporter:
         else:
             of = "" if total is None else f" of {total}"
             print(f"noisewise: {what} {done}{of}, {remark}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def gentle_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that no step is cut in half; the second raises as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""`MixtureScoreMatching`: an energy model whose mode weights are right, by score matching on a bridge of data and reference.
+"""`MixtureScoreMatching`: an energy model that sees its mode weights, by score matching on a bridge of data and reference.
 
 Three steps: fit the score of beta p + (1 - beta) m; find the normaliser with m's help; take m out again.
 Source: Zhang et al., NeurIPS 2022 workshop, arXiv 2209.07396; normaliser by bridge sampling and the checks are ours.

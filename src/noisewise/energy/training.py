@@ -1,11 +1,8 @@
 """`fit_energy`: trains an energy by a score matching loss, with a moving average, a held-out loss, and exact resumption."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from noisewise.energy.rows import as_rows, check_rows
 from noisewise.errors import InvalidInput, NoisewiseError
 from noisewise.networks.mlp import check_smooth
 from noisewise.noise import Corruption
-from noisewise.progress import Reporter
+from noisewise.progress import Reporter, gentle_interrupt
 from noisewise.runs import RunFolder
 from noisewise.typing import Cost, check_count, check_positive
 
@@ -186,7 +183,7 @@ class Fit:
         hook = self.net.register_forward_hook(self._count)
         interrupted = False
         try:
-            with Reporter(show) as reporter, _gentle_interrupt() as stop:
+            with Reporter(show) as reporter, gentle_interrupt() as stop:
                 while self.step < self.plan.steps and not stop.is_set() and time.monotonic() - begin < limit:
                     state = self.generator.get_state()
                     try:
@@ -316,26 +313,6 @@ class Fit:
                 self.optimizer.state[weight] = {
                     key: tensors[f"adam.{key}.{name}"].to("cpu" if key == "step" else device) for key in keys
                 }
-
-
-@contextmanager
-def _gentle_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that no step is cut in half; the second raises as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        stop.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _as_loss(loss: Any, corruption: Corruption | None) -> tuple[Loss, str]:

@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "dikl": ["DiKLSampler"],
         "evaluate": ["evaluate"],
         "pictures": ["distance_plot", "energy_plot", "sample_plot"],
         "posterior": ["PosteriorDraws", "PosteriorSampler", "fitted_variance"],

@@ -1,0 +1,529 @@
+"""`DiKLSampler`: a generator trained on an unnormalised density by the reverse diffusive KL divergence.
+
+Source: He, Chen, Zhang, Barber & Hernandez-Lobato, AISTATS 2025, arXiv 2410.12456. What differs in the preset "cpu" (the
+mixture latent, annealed log-uniform levels, the target's score learned from chains, standardisation) is ours.
+"""
+
+import copy
+import math
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from noisewise.errors import InvalidInput, NoisewiseWarning
+from noisewise.neural import keeping
+from noisewise.neural.denoisers import EGNNDenoiser, MLPDenoiser, RawDenoiser
+from noisewise.neural.generators import LATENTS, EGNNGenerator, MLPGenerator, OwnGenerator
+from noisewise.neural.levels import Levels
+from noisewise.neural.posterior import PosteriorSampler
+from noisewise.neural.standard import Standardised
+from noisewise.neural.steps import StepSizes
+from noisewise.neural.training import Chains, Rates, Training
+from noisewise.noise import NoiseSchedule
+from noisewise.progress import Reporter, gentle_interrupt
+from noisewise.runs import RunFolder
+from noisewise.sampling.kernel import local_scale
+from noisewise.sampling.loop import sample as run_chains
+from noisewise.sampling.mala import MALA
+from noisewise.targets.target import Target, as_target, check_target
+from noisewise.typing import Cost, check_count, check_positive
+
+__all__ = ["PRESETS", "DiKLSampler"]
+
+KIND = "dikl fit"
+_CHECKPOINT_SECONDS = 5.0
+_IDENTITIES = ("mixed", "denoising", "target")
+
+# chains of the pilot, draws of them that are kept, and what a pilot that only standardises may cost
+_CHAINS, _KEPT, _SHORT = 256, 20_000, 50_000
+# share of a declared budget of seconds, and calls where no budget of calls was declared
+_PILOT_SHARE, _PILOT_CALLS = 0.1, 1_000_000
+# evaluations of all starts that time the target, and the least iterations of the chains
+_TIMED, _LEAST_CALLS = 5, 200
+# share of the rest that learns the target's score; in steps, so many for each of the generator's
+_TARGET_SHARE, _TARGET_STEPS = 0.25, 2
+# levels on the standardised scale: from a part of a mode's width to beyond the spread of the modes
+_LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
+_SAMPLE_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that belong together; what the constructor is given replaces them one by one."""
+
+    latent: str
+    hidden: int
+    depth: int
+    rates: Rates
+    weight: str
+    standardize: bool
+    annealed: float
+    posterior: Any
+    table: NoiseSchedule | None
+    published: bool
+
+
+PRESETS = {
+    "cpu": Preset("mixture", 128, 4, Rates(3e-3, 2e-3, 256, 512, 5), "s2/a2", True, 0.5, "chains", None, False),
+    "paper": Preset(
+        "gaussian", 400, 4, Rates(1e-3, 1e-4, 1024, 1024, 50), "1/a", False, 0.0,
+        PosteriorSampler("annealed", particles=10, anneal_steps=15, resample=True, langevin_steps=5, box=1000.0),
+        NoiseSchedule.vp_beta(1e-4, 0.7, 30), True,
+    ),
+}  # fmt: skip
+
+
+class DiKLSampler:
+    """A network that samples `target` in one evaluation, trained on the density alone.
+
+    `target`: what `as_target` takes; `dim` for a callable. `generator`: "mlp", "egnn" (targets with `particles`), or your own
+    module [n, latent_dim] -> [n, dim]. It and all that follows live on a standardised scale, which a short run of chains
+    finds (`standardize=False`: the target's own).
+
+    `preset`: "cpu", our recipe, or "paper", the published settings for 40 Gaussians (minutes to days on a CPU: thousands of
+    steps of seconds each; one step size for all levels; raw coordinates, so that a target of large scale learns slowly).
+    Each of the following replaces the preset's own. `latent`: "gaussian", or "mixture", a Gaussian beside `categories` of
+    equal mass. `hidden`, `depth` of the networks. `schedule`: a `NoiseSchedule` in place of continuous levels, in units
+    of the scale that the networks see; one small level alone makes this the reverse KL divergence, which drops modes.
+    `weight`: of a level's gradient, one of `levels.WEIGHTS`. `posterior`: where the score of the noisy target comes from:
+    "chains", a network learned from Markov chains of `noisewise.sampling`, which then bear all cost in calls; or a
+    `PosteriorSampler`, which draws p(x | x_t) for every batch. `estimator`: the identity that a `PosteriorSampler`'s draws go
+    through, "mixed", "denoising" or "target". `steps`: its `StepSizes`. `rates`: learning rates and batches. `init`: starts of
+    the chains, [chain, dim], by default standard normal. `seed`: same seed, same sampler, on the CPU bit for bit.
+
+    After `fit`: `cost` (calls of the target, all of them), `history_`, `warnings_`, `interrupted_`.
+    Raises `InvalidInput` for arguments that do not fit; the target itself is checked by `fit`, before any long work.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        generator: str | nn.Module = "mlp",
+        preset: str = "cpu",
+        *,
+        dim: int | None = None,
+        latent: str | None = None,
+        categories: int = 256,
+        hidden: int | None = None,
+        depth: int | None = None,
+        schedule: NoiseSchedule | None = None,
+        weight: str | None = None,
+        posterior: Any = None,
+        estimator: str = "mixed",
+        steps: StepSizes | None = None,
+        rates: Rates | None = None,
+        standardize: bool | None = None,
+        init: Float[Tensor, "chain dim"] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.target: Target = as_target(target, dim)
+        if preset not in PRESETS:
+            raise InvalidInput(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        given = PRESETS[preset]
+        changes = {
+            "latent": latent, "hidden": hidden, "depth": depth, "weight": weight, "posterior": posterior, "rates": rates,
+            "standardize": standardize, "table": schedule,
+        }  # fmt: skip
+        self.preset, self.plan = preset, replace(given, **{k: v for k, v in changes.items() if v is not None})
+        if self.plan.latent not in LATENTS:
+            raise InvalidInput(f"latent must be one of {', '.join(LATENTS)}, got {self.plan.latent!r}")
+        if estimator not in _IDENTITIES:
+            raise InvalidInput(f"estimator must be one of {', '.join(_IDENTITIES)}, got {estimator!r}")
+        if not (self.plan.posterior == "chains" or hasattr(self.plan.posterior, "draw")):
+            raise InvalidInput(f'posterior must be "chains" or a PosteriorSampler, got {self.plan.posterior!r}')
+        if self.plan.published and self.plan.table is None:
+            raise InvalidInput('preset="paper" needs a schedule of discrete levels')
+        self.categories = check_count("categories", categories, 2)
+        self.estimator, self.steps, self.init, self.seed = estimator, steps, init, check_count("seed", seed, 0)
+        self.particles = self._particles(generator)
+        self._generator = generator
+        self.cost = Cost()
+
+    def _particles(self, generator: str | nn.Module) -> int:
+        """Particles of a cluster, 0 for any other target."""
+        if not isinstance(generator, nn.Module) and generator not in ("mlp", "egnn"):
+            raise InvalidInput(f'generator must be "mlp", "egnn" or a torch.nn.Module, got {generator!r}')
+        particles = getattr(self.target, "particles", 0)
+        if generator == "egnn" and not particles:
+            raise InvalidInput(
+                f'generator="egnn" is for targets with particles (an attribute of that name), and '
+                f'{type(self.target).__name__} has none; take "mlp"'
+            )
+        if particles and self.target.dim % particles:
+            raise InvalidInput(f"dim {self.target.dim} is not divisible by {particles} particles")
+        return particles
+
+    # --- fitting
+
+    def fit(
+        self,
+        *,
+        max_steps: int | None = None,
+        max_seconds: float | int | None = None,
+        max_gradients: float | int | None = None,
+        resume: str | Path | None = None,
+        progress: bool = False,
+    ) -> "DiKLSampler":
+        """Train within what is declared; schedules are fractions of it, so it must be declared. Returns self.
+
+        `max_steps` of the generator, `max_seconds` of wall time, `max_gradients` calls of the target (with "chains", all of
+        them are the chains'; alone it bounds a fit only where a `PosteriorSampler` spends them). The first bound ends the fit;
+        only `max_steps` without `max_seconds` gives the same sampler on every machine. `resume`: a folder, written every five
+        seconds; the same call goes on from it after a crash, to the identical result. Ctrl-C returns what exists.
+
+        Raises `InvalidInput` before any long work for a target whose log density has the wrong shape, no gradient, or no
+        finite value at a start. Warns (`NoisewiseWarning`) of acceptance below 0.2 or above 0.95, of draws of one effective
+        particle, of skipped steps, and of a generator that collapsed.
+        """
+        bounds = {"max_steps": max_steps, "max_seconds": max_seconds, "max_gradients": max_gradients}
+        for name, value in bounds.items():
+            if value is not None:
+                check_positive(name, value)
+        by_chains = self.plan.posterior == "chains"
+        if max_steps is None and max_seconds is None and (by_chains or max_gradients is None):
+            raise InvalidInput(
+                "declare what a fit may use: max_seconds=..., or max_steps=... for the same result everywhere"
+            )
+        folder = None if resume is None else RunFolder(resume)
+        calls = self._pilot_calls(max_seconds, max_gradients)
+        if folder is not None:
+            asked = self.config() | bounds
+            if folder.exists:
+                # what a timing decided stays decided
+                calls = folder.config(KIND)["pilot_calls"]
+                folder.expect(KIND, asked | {"pilot_calls": calls})
+            else:
+                folder.begin(KIND, asked | {"pilot_calls": calls})
+        with Reporter(progress) as reporter, gentle_interrupt() as stop:
+            run = _Fit(self, max_steps, max_seconds, max_gradients, calls, folder, reporter)
+            run.run(stop)
+        self._take(run.training, run.pilot_cost + run.training.cost, stop.is_set())
+        return self
+
+    def bare(self) -> Standardised:
+        """The target on its own scale."""
+        dim = self.target.dim
+        return Standardised(self.target, torch.zeros(dim), torch.ones(dim), self.particles)
+
+    def starts(self) -> Float[Tensor, "chain dim"]:
+        """Where the chains begin."""
+        if self.init is not None:
+            return self.init
+        return torch.randn(_CHAINS, self.target.dim, generator=torch.Generator().manual_seed(self.seed + 1_000_003))
+
+    def _pilot_calls(self, max_seconds: float | int | None, max_gradients: float | int | None) -> int:
+        """Calls of the target that chains may make: what was declared, or what fits a share of the seconds.
+
+        The first of them check the target. 0 where nothing needs to be known of its scale.
+        """
+        by_chains = self.plan.posterior == "chains"
+        start, bare = self.starts(), self.bare()
+        check_target(bare, start)
+        if not by_chains and not self.plan.standardize:
+            return 0
+        calls = float(max_gradients or _PILOT_CALLS)
+        if max_seconds is not None and (max_gradients is None or not by_chains):
+            begin = time.perf_counter()
+            for _ in range(_TIMED):
+                bare.log_prob_and_score(start)
+            # chains do some work of their own around a call
+            rate = _TIMED * len(start) / (2 * (time.perf_counter() - begin) + 1e-9)
+            calls = min(calls, _PILOT_SHARE * max_seconds * rate)
+        if not by_chains:
+            calls = min(calls / 10, _SHORT)
+        return max(round(calls), _LEAST_CALLS * len(start))
+
+    def _take(self, training: Training, cost: Cost, interrupted: bool) -> None:
+        self.standard_, self.net_ = training.target, copy.deepcopy(training.generator).eval().requires_grad_(False)
+        self.cost, self.history_, self.interrupted_ = cost, list(training.history), interrupted
+        self.warnings_ = tuple(_faults(training, self._spread()))
+        for text in self.warnings_:
+            warnings.warn(text, NoisewiseWarning, stacklevel=3)
+
+    def _spread(self) -> float:
+        """Standard deviation of the generator's draws over that of the target's, all coordinates together."""
+        _, net = self.fitted()
+        with torch.no_grad():
+            u = net(net.latent(2048, torch.Generator().manual_seed(0)))
+        return float(u.var(0).mean().sqrt())
+
+    # --- drawing
+
+    @torch.no_grad()
+    def sample(self, n: int = 1000, seed: int = 0, refine_steps: int = 0) -> Float[Tensor, "n dim"]:
+        """`n` independent draws, one network evaluation each.
+
+        `refine_steps`: then so many MALA steps on the target, a third of them to find the step size, which mends the
+        shapes of modes and not their weights; their calls are added to `cost`. Raises `InvalidInput` before `fit`.
+        """
+        standard, net = self.fitted()
+        n, refine_steps = check_count("n", n), check_count("refine_steps", refine_steps, 0)
+        generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
+        sizes = [_SAMPLE_ROWS] * (n // _SAMPLE_ROWS) + ([n % _SAMPLE_ROWS] if n % _SAMPLE_ROWS else [])
+        u = torch.cat([net(net.latent(size, generator)) for size in sizes])
+        if self.particles:
+            u = standard.project(u)
+        if not refine_steps:
+            return standard.to_x(u)
+        warmup = max(refine_steps // 3, 1)
+        with warnings.catch_warnings():
+            # one draw for each chain has no diagnostics to speak of
+            warnings.simplefilter("ignore", NoisewiseWarning)
+            run = run_chains(
+                MALA(standard),
+                init=u,
+                draws=1,
+                thin=max(refine_steps - warmup, 1),
+                warmup=warmup,
+                seed=seed,
+                progress=False,
+            )
+        self.cost = self.cost + run.cost
+        refined = run.positions[:, -1]
+        return standard.to_x(standard.project(refined) if self.particles else refined)
+
+    def fitted(self) -> tuple[Standardised, Any]:
+        """The standardised target and the generator on its scale. Raises `InvalidInput` before `fit`."""
+        if not hasattr(self, "net_"):
+            raise InvalidInput("this DiKLSampler is not fitted yet: call fit(max_seconds=...) first")
+        return self.standard_, self.net_
+
+    # --- keeping
+
+    def config(self) -> dict[str, Any]:
+        """Settings as JSON values."""
+        plan = self.plan
+        own = isinstance(self._generator, nn.Module)
+        return {
+            "target": type(self.target).__name__,
+            "dim": self.target.dim,
+            "particles": self.particles,
+            "generator": type(self._generator).__name__ if own else self._generator,
+            "own_generator": own,
+            "preset": self.preset,
+            "latent": plan.latent,
+            "categories": self.categories,
+            "hidden": plan.hidden,
+            "depth": plan.depth,
+            "rates": vars(plan.rates),
+            "weight": plan.weight,
+            "standardize": plan.standardize,
+            "annealed": plan.annealed,
+            "posterior": plan.posterior if plan.posterior == "chains" else repr(plan.posterior),
+            "schedule": None if plan.table is None else list(plan.table.r),
+            "estimator": self.estimator,
+            "seed": self.seed,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `config.json` and `model.safetensors`: the generator, its scale, the bill and the history."""
+        return keeping.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, target: Any, generator: nn.Module | None = None, dim: int | None = None
+    ) -> "DiKLSampler":
+        """Read what `save_pretrained` wrote. `target`: the density, which is not saved; `generator`: yours, where it was.
+
+        Raises `RunFolderError` for another class or schema, a damaged file, or a target of another dimension.
+        """
+        return keeping.load(cls, folder, target, generator, dim)
+
+    def make_generator(self) -> nn.Module:
+        """The generator before training."""
+        plan, given = self.plan, self._generator
+        if isinstance(given, nn.Module):
+            return OwnGenerator(copy.deepcopy(given), self.target.dim)
+        if given == "egnn":
+            space = self.target.dim // self.particles
+            return EGNNGenerator(
+                self.particles, space, plan.hidden, plan.depth, 1e-3 if plan.published else 0.1, self.seed
+            )
+        categories = self.categories if plan.latent == "mixture" else 0
+        return MLPGenerator(self.target.dim, plan.hidden, plan.depth, categories, self.seed)
+
+
+class _Fit:
+    """The stages of a fit: chains or a pilot, the target's score, the generator."""
+
+    def __init__(
+        self,
+        sampler: DiKLSampler,
+        max_steps: int | None,
+        max_seconds: float | None,
+        max_gradients: float | None,
+        pilot_calls: int,
+        folder: RunFolder | None,
+        reporter: Reporter,
+    ) -> None:
+        self.sampler, self.folder, self.reporter, self.pilot_calls = sampler, folder, reporter, pilot_calls
+        self.max_steps, self.max_seconds, self.max_gradients = max_steps, max_seconds, max_gradients
+        self.by_chains = sampler.plan.posterior == "chains"
+        self.begin = self.saved = time.monotonic()
+        stored = folder.restore() if folder is not None else None
+        drawn = self._pilot()
+        self.training = self._training(drawn)
+        self.spent = 0.0
+        if stored is not None:
+            self.training.restore(*stored)
+            self.spent = stored[1]["spent"]
+            assert folder is not None  # it was restored from
+            folder.event("resume", step=self.training.step)
+
+    def run(self, stop: Any) -> None:
+        """All that is left to do, until it is done or `stop` is set."""
+        training = self.training
+        while self.by_chains and not stop.is_set() and (done := self._target_done()) < 1:
+            training.learn_target(done)
+            self._report(stop, "learning the target's score", training.learned, done)
+        while not stop.is_set() and (done := self._done()) < 1:
+            training.advance(done)
+            training.note(done)
+            self._report(stop, "training step", training.step, done)
+        training.cost = replace(training.cost, seconds=self._seconds())
+        training.note(1.0)
+        self._checkpoint("interrupted" if stop.is_set() else "finished")
+
+    # --- how far
+
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.begin
+
+    def _target_done(self) -> float:
+        found = []
+        if self.max_steps is not None:
+            found.append(self.training.learned / (_TARGET_STEPS * self.max_steps))
+        if self.max_seconds is not None:
+            found.append(self._seconds() / (self._target_share() * self.max_seconds))
+        return max(found)
+
+    def _target_share(self) -> float:
+        return _PILOT_SHARE + (1 - _PILOT_SHARE) * _TARGET_SHARE
+
+    def _done(self) -> float:
+        found = []
+        if self.max_steps is not None:
+            found.append(self.training.step / self.max_steps)
+        if self.max_seconds is not None:
+            share = self._target_share() if self.by_chains else 0.0
+            found.append((self._seconds() / self.max_seconds - share) / (1 - share))
+        if self.max_gradients is not None and not self.by_chains:
+            found.append((self.training.cost.gradients + self.pilot_cost.gradients) / self.max_gradients)
+        return max(found)
+
+    # --- stages
+
+    def _pilot(self) -> Tensor:
+        """Draws of the target by chains, [row, dim]; few of them, where they only set the scale."""
+        sampler = self.sampler
+        bare = sampler.bare()
+        where = None if self.folder is None else self.folder.path / "chains"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NoisewiseWarning)
+            options: dict[str, Any] = {"init": sampler.starts(), "seed": sampler.seed, "progress": False}
+            if self.pilot_calls:
+                run = run_chains(bare, budget=self.pilot_calls, checkpoint=where, **options)
+            else:
+                # the checks of a first call, and nothing else
+                run = run_chains(MALA(bare, step_size=1e-12), draws=1, **options)
+        self.chain_warnings = tuple(str(one.message) for one in caught if issubclass(one.category, NoisewiseWarning))
+        self.pilot_cost = replace(run.cost, seconds=0.0)
+        # the first third still remembers where it began
+        kept = run.positions[:, run.positions.shape[1] // 3 :].reshape(-1, sampler.target.dim)
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(sampler.seed))[:_KEPT]
+        return kept[order].to(torch.float32)
+
+    def _training(self, drawn: Tensor) -> Training:
+        sampler, plan = self.sampler, self.sampler.plan
+        dim, particles = sampler.target.dim, sampler.particles
+        zero, one = torch.zeros(dim), torch.ones(dim)
+        standard = Standardised(sampler.target, zero, one, particles)
+        drawn = standard.to_u(drawn)
+        if plan.standardize:
+            spread = drawn.std(0) if not particles else drawn.std().expand(dim)
+            centre = zero if particles else drawn.mean(0)
+            standard = Standardised(sampler.target, centre, spread.clamp(min=1e-12), particles)
+            drawn = (drawn - centre) / standard.scale
+        value, score = standard.log_prob_and_score(drawn)
+        if self.by_chains:
+            # one more call for each kept draw
+            self.pilot_cost = self.pilot_cost + Cost(gradients=len(drawn))
+        fine = torch.isfinite(value) & torch.isfinite(score).all(-1)
+        variance = float(local_scale(score[fine]).square().mean()) if plan.standardize else 1.0
+        width = math.sqrt(variance)
+        if plan.table is None:
+            levels = Levels(_LOWEST * width, _HIGHEST, plan.weight, plan.annealed)
+            steps = StepSizes.spaced(levels.lo, levels.hi, _BINS, width, dim)
+        else:
+            # the paper never uses its cleanest level
+            table = tuple(plan.table.r)[1:] if plan.published and len(plan.table) > 1 else tuple(plan.table.r)
+            levels = Levels(table[0], table[-1], plan.weight, plan.annealed, table)
+            steps = StepSizes.published() if plan.published else StepSizes.per_level(table, width, dim)
+        seed = sampler.seed
+        return Training(
+            standard, sampler.make_generator(), self._denoiser(levels, seed + 1),
+            self._denoiser(levels, seed + 2) if self.by_chains else None,
+            Chains(drawn[fine], score[fine]) if self.by_chains else None,
+            plan.posterior, None if self.by_chains else (sampler.steps or steps), levels, plan.rates, sampler.estimator,
+            variance, torch.Generator().manual_seed(seed), plan.published,
+        )  # fmt: skip
+
+    def _denoiser(self, levels: Levels, seed: int) -> nn.Module:
+        plan, dim, particles = self.sampler.plan, self.sampler.target.dim, self.sampler.particles
+        if self.sampler._generator == "egnn":
+            return EGNNDenoiser(particles, dim // particles, plan.hidden, plan.depth, seed)
+        if plan.published:
+            return RawDenoiser(dim, plan.hidden, plan.depth, levels.table or (), seed)
+        return MLPDenoiser(dim, plan.hidden, plan.depth, seed)
+
+    # --- saying and keeping
+
+    def _report(self, stop: Any, what: str, number: int, done: float) -> None:
+        self.training.cost = replace(self.training.cost, seconds=self._seconds())
+        calls = self.training.cost.gradients + self.pilot_cost.gradients
+        seen = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in self.training._seen.items())
+        self.reporter.show(f"{what} {number},", round(100 * done), 100, f"{calls:.3g} calls, {seen}")
+        if time.monotonic() - self.saved > _CHECKPOINT_SECONDS:
+            self._checkpoint(None)
+
+    def _checkpoint(self, event: str | None) -> None:
+        self.saved = time.monotonic()
+        if self.folder is None:
+            return
+        tensors, values = self.training.packed()
+        self.folder.checkpoint(tensors, values | {"spent": self._seconds()})
+        if event is not None:
+            self.folder.event(event, step=self.training.step)
+
+
+def _faults(training: Training, spread: float) -> list[str]:
+    found, seen = [], training._seen
+    for name, what in (("langevin_acceptance", "Langevin"), ("anneal_acceptance", "annealing")):
+        rate = seen.get(name)
+        if rate is not None and not 0.2 <= rate <= 0.95:
+            found.append(
+                f"the {what} moves were accepted {rate:.0%} of the time: give steps=StepSizes... that suit the target, or let "
+                "them adapt"
+            )
+    if training.degenerate > 0.3:
+        found.append(
+            f"at {training.degenerate:.0%} of the noisy points one draw has nearly all the weight: more particles, method "
+            '"annealed" with more stages, or posterior="chains"'
+        )
+    total = training.step * (1 + training.rates.score_steps) + training.learned
+    if total and training.skipped > 0.05 * total:
+        found.append(
+            f"{training.skipped} of {total} steps were skipped, their gradients not finite: lower the learning rates"
+        )
+    if training.step and spread < 0.1:
+        found.append(
+            f"the draws spread {spread:.2g} times as far as the target's: the generator collapsed; train longer or from "
+            "higher noise levels"
+        )
+    return found

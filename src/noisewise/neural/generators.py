@@ -1,0 +1,96 @@
+"""Generators x = g(z): a network from latent draws to draws of the target, on the standardised scale.
+
+Source: He et al., AISTATS 2025, arXiv 2410.12456 (Gaussian latent, MLP and EGNN); the mixture latent is ours.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from noisewise.errors import InvalidInput
+from noisewise.networks.egnn import EGNN
+from noisewise.networks.mlp import MLP
+from noisewise.typing import check_count
+
+__all__ = ["LATENTS", "EGNNGenerator", "MLPGenerator", "OwnGenerator"]
+
+LATENTS = ("gaussian", "mixture")
+# numbers that stand for a category
+_EMBEDDED = 16
+
+
+class MLPGenerator(nn.Module):
+    """An MLP of z ~ N(0, I) in `dim` coordinates; with `categories`, of z and the learned vector of a uniform category.
+
+    A continuous map has to lead some of its mass from mode to mode; categories need not. Their masses are equal, so mode
+    weights come in steps of about 1 / categories, finer where z splits one.
+    """
+
+    def __init__(self, dim: int, hidden: int, depth: int, categories: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.dim, self.categories = check_count("dim", dim), check_count("categories", categories, 0)
+        self.net = MLP(dim + (_EMBEDDED if categories else 0), dim, hidden, depth, seed=seed)
+        if categories:
+            generator = torch.Generator().manual_seed(seed + 1)
+            self.embedding = nn.Parameter(torch.randn(categories, _EMBEDDED, generator=generator))
+
+    def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n latent"]:
+        """`n` draws of z, with the category as a last number where there are any."""
+        z = torch.randn(n, self.dim, generator=generator)
+        if not self.categories:
+            return z
+        category = torch.randint(self.categories, (n, 1), generator=generator)
+        return torch.cat([z, category.to(z)], 1)
+
+    def forward(self, latent: Float[Tensor, "n latent"]) -> Float[Tensor, "n dim"]:
+        """Positions of the latent draws."""
+        if not self.categories:
+            return self.net(latent)
+        known = self.embedding[latent[:, -1].long()]
+        return self.net(torch.cat([latent[:, :-1], known], 1))
+
+
+class EGNNGenerator(nn.Module):
+    """An EGNN of z ~ N(0, I) without centre of mass: what turns or relabels z does so to the sample, which is mean-free."""
+
+    def __init__(self, particles: int, space: int, hidden: int, layers: int, gain: float, seed: int = 0) -> None:
+        super().__init__()
+        self.particles, self.space, self.dim = particles, space, particles * space
+        self.net = EGNN(particles, space, hidden, layers, gain=gain, seed=seed)
+
+    def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
+        """`n` draws of z."""
+        z = torch.randn(n, self.particles, self.space, generator=generator)
+        return (z - z.mean(1, keepdim=True)).flatten(1)
+
+    def forward(self, latent: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+        """Positions: z and the displacement of each particle, mean-free."""
+        return latent + self.net(latent)
+
+
+class OwnGenerator(nn.Module):
+    """A user's module [n, latent] -> [n, dim]. Its attribute `latent_dim` says how wide z ~ N(0, I) is; else it is `dim`.
+
+    Raises `InvalidInput` when its output has another shape or no gradient.
+    """
+
+    def __init__(self, net: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.net, self.dim = net, dim
+        self.latent_dim = check_count("latent_dim", getattr(net, "latent_dim", dim))
+        found: Any = net(torch.zeros(2, self.latent_dim))
+        if not isinstance(found, Tensor) or found.shape != (2, dim):
+            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InvalidInput(f"the generator must map [n, {self.latent_dim}] to [n, {dim}], got {shown} for n = 2")
+        if not found.requires_grad:
+            raise InvalidInput("the generator's output carries no gradient: it has no parameters, or detaches")
+
+    def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n latent"]:
+        """`n` draws of z."""
+        return torch.randn(n, self.latent_dim, generator=generator)
+
+    def forward(self, latent: Float[Tensor, "n latent"]) -> Float[Tensor, "n dim"]:
+        """Positions of the latent draws."""
+        return self.net(latent)

@@ -1,0 +1,56 @@
+"""Saving and loading a fitted `DiKLSampler`: settings and numbers, never code or pickles."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from noisewise.errors import RunFolderError
+from noisewise.neural.standard import Standardised
+from noisewise.pretrained import read_pretrained, write_pretrained
+from noisewise.typing import Cost
+
+__all__ = ["load", "save"]
+
+_NAME = "DiKLSampler"
+
+
+def save(fitted: Any, folder: str | Path) -> Path:
+    """Write a fitted sampler; a generator of the user's own is named, and must be given again when it is loaded."""
+    standard, net = fitted.fitted()
+    config = fitted.config() | {
+        "cost": vars(fitted.cost),
+        "history": fitted.history_,
+        "warnings": list(fitted.warnings_),
+        "interrupted": fitted.interrupted_,
+    }
+    tensors = {f"generator.{name}": value for name, value in net.state_dict().items()}
+    return write_pretrained(folder, _NAME, config, tensors | {"mean": standard.mean, "scale": standard.scale})
+
+
+def load(cls: Any, folder: str | Path, target: Any, generator: nn.Module | None, dim: int | None) -> Any:
+    """Read what `save` wrote into a new object of `cls`, on `target`."""
+    config, tensors = read_pretrained(folder, _NAME)
+    try:
+        if config["own_generator"] != (generator is not None):
+            what = (
+                f"a {config['generator']} of your own: give it as generator=" if generator is None else "a built-in one"
+            )
+            raise RunFolderError(f"this sampler was saved with {what}")
+        own = {"generator": config["generator"] if generator is None else generator, "dim": dim}
+        options = {name: config[name] for name in ("preset", "latent", "categories", "hidden", "depth", "seed")}
+        made = cls(target, **own, **options)
+        if made.target.dim != config["dim"]:
+            raise RunFolderError(
+                f"{folder} holds a sampler of dim {config['dim']}, the target has dim {made.target.dim}"
+            )
+        net = made.make_generator()
+        prefix = "generator."
+        net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        made.net_ = net.eval().requires_grad_(False)
+        made.standard_ = Standardised(made.target, tensors["mean"], tensors["scale"], made.particles)
+        made.cost, made.history_ = Cost(**config["cost"]), config["history"]
+        made.warnings_, made.interrupted_ = tuple(config["warnings"]), config["interrupted"]
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise RunFolderError(f"{folder} does not fit this version of {_NAME}: {error!r}") from error
+    return made
