@@ -20,7 +20,7 @@ from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.neural import keeping
 from noisewise.neural.denoisers import EGNNDenoiser, MLPDenoiser, RawDenoiser
 from noisewise.neural.generators import LATENTS, EGNNGenerator, MLPGenerator, OwnGenerator
-from noisewise.neural.levels import Levels
+from noisewise.neural.levels import WEIGHTS, Levels
 from noisewise.neural.posterior import PosteriorSampler
 from noisewise.neural.standard import Standardised
 from noisewise.neural.steps import StepSizes
@@ -45,11 +45,13 @@ _CHAINS, _KEPT, _SHORT = 256, 20_000, 50_000
 # share of a declared budget of seconds, and calls where no budget of calls was declared
 _PILOT_SHARE, _PILOT_CALLS = 0.1, 1_000_000
 # evaluations of all starts that time the target, and the least iterations of the chains
-_TIMED, _LEAST_CALLS = 5, 200
+_TIMED, _LEAST, _FEW_CHAINS = 5, 500, 16
 # share of the rest that learns the target's score; in steps, so many for each of the generator's
 _TARGET_SHARE, _TARGET_STEPS = 0.25, 2
 # levels on the standardised scale: from a part of a mode's width to beyond the spread of the modes
 _LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
+# deviation of a mode from which on the generator adds z: between 0.06 (forty modes, where it hurts) and 0.58 (many wells)
+_WIDE = 0.3
 _SAMPLE_ROWS = 65_536
 
 
@@ -70,7 +72,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("mixture", 128, 4, Rates(3e-3, 2e-3, 256, 512, 5), "s2/a2", True, 0.5, "chains", None, False),
+    "cpu": Preset("mixture", 128, 4, Rates(3e-3, 2e-3, 256, 512, 5), "denoised", True, 0.5, "chains", None, False),
     "paper": Preset(
         "gaussian", 400, 4, Rates(1e-3, 1e-4, 1024, 1024, 50), "1/a", False, 0.0,
         PosteriorSampler("annealed", particles=10, anneal_steps=15, resample=True, langevin_steps=5, box=1000.0),
@@ -131,6 +133,8 @@ class DiKLSampler:
             "standardize": standardize, "table": schedule,
         }  # fmt: skip
         self.preset, self.plan = preset, replace(given, **{k: v for k, v in changes.items() if v is not None})
+        if self.plan.weight not in WEIGHTS:
+            raise InvalidInput(f"weight must be one of {', '.join(WEIGHTS)}, got {self.plan.weight!r}")
         if self.plan.latent not in LATENTS:
             raise InvalidInput(f"latent must be one of {', '.join(LATENTS)}, got {self.plan.latent!r}")
         if estimator not in _IDENTITIES:
@@ -215,7 +219,8 @@ class DiKLSampler:
         """Where the chains begin."""
         if self.init is not None:
             return self.init
-        return torch.randn(_CHAINS, self.target.dim, generator=torch.Generator().manual_seed(self.seed + 1_000_003))
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003)
+        return torch.randn(_CHAINS, self.target.dim, generator=generator)
 
     def _pilot_calls(self, max_seconds: float | int | None, max_gradients: float | int | None) -> int:
         """Calls of the target that chains may make: what was declared, or what fits a share of the seconds.
@@ -237,7 +242,12 @@ class DiKLSampler:
             calls = min(calls, _PILOT_SHARE * max_seconds * rate)
         if not by_chains:
             calls = min(calls / 10, _SHORT)
-        return max(round(calls), _LEAST_CALLS * len(start))
+        least = _LEAST * (len(start) if self.init is not None else _FEW_CHAINS)
+        if max_gradients is not None and by_chains and max_gradients < least:
+            raise InvalidInput(
+                f"max_gradients must be at least {least:,} for the chains to find their way, got {max_gradients!r}"
+            )
+        return max(round(calls), least)
 
     def _take(self, training: Training, cost: Cost, interrupted: bool) -> None:
         self.standard_, self.net_ = training.target, copy.deepcopy(training.generator).eval().requires_grad_(False)
@@ -335,8 +345,8 @@ class DiKLSampler:
         """
         return keeping.load(cls, folder, target, generator, dim)
 
-    def make_generator(self) -> nn.Module:
-        """The generator before training."""
+    def make_generator(self, skip: bool) -> nn.Module:
+        """The generator before training; `skip`: whether an MLP adds z to its output."""
         plan, given = self.plan, self._generator
         if isinstance(given, nn.Module):
             return OwnGenerator(copy.deepcopy(given), self.target.dim)
@@ -346,7 +356,7 @@ class DiKLSampler:
                 self.particles, space, plan.hidden, plan.depth, 1e-3 if plan.published else 0.1, self.seed
             )
         categories = self.categories if plan.latent == "mixture" else 0
-        return MLPGenerator(self.target.dim, plan.hidden, plan.depth, categories, self.seed)
+        return MLPGenerator(self.target.dim, plan.hidden, plan.depth, categories, skip, self.seed)
 
 
 class _Fit:
@@ -356,8 +366,8 @@ class _Fit:
         self,
         sampler: DiKLSampler,
         max_steps: int | None,
-        max_seconds: float | None,
-        max_gradients: float | None,
+        max_seconds: float | int | None,
+        max_gradients: float | int | None,
         pilot_calls: int,
         folder: RunFolder | None,
         reporter: Reporter,
@@ -426,7 +436,11 @@ class _Fit:
         where = None if self.folder is None else self.folder.path / "chains"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NoisewiseWarning)
-            options: dict[str, Any] = {"init": sampler.starts(), "seed": sampler.seed, "progress": False}
+            start = sampler.starts()
+            if sampler.init is None:
+                # few calls are better spent on long chains than on many
+                start = start[: max(self.pilot_calls // (2 * _LEAST), _FEW_CHAINS)]
+            options: dict[str, Any] = {"init": start, "seed": sampler.seed, "progress": False}
             if self.pilot_calls:
                 run = run_chains(bare, budget=self.pilot_calls, checkpoint=where, **options)
             else:
@@ -458,16 +472,16 @@ class _Fit:
         variance = float(local_scale(score[fine]).square().mean()) if plan.standardize else 1.0
         width = math.sqrt(variance)
         if plan.table is None:
-            levels = Levels(_LOWEST * width, _HIGHEST, plan.weight, plan.annealed)
+            levels = Levels(_LOWEST * width, _HIGHEST, plan.weight, plan.annealed, variance=variance)
             steps = StepSizes.spaced(levels.lo, levels.hi, _BINS, width, dim)
         else:
             # the paper never uses its cleanest level
             table = tuple(plan.table.r)[1:] if plan.published and len(plan.table) > 1 else tuple(plan.table.r)
-            levels = Levels(table[0], table[-1], plan.weight, plan.annealed, table)
+            levels = Levels(table[0], table[-1], plan.weight, plan.annealed, table, variance)
             steps = StepSizes.published() if plan.published else StepSizes.per_level(table, width, dim)
         seed = sampler.seed
         return Training(
-            standard, sampler.make_generator(), self._denoiser(levels, seed + 1),
+            standard, sampler.make_generator(not plan.published and width > _WIDE), self._denoiser(levels, seed + 1),
             self._denoiser(levels, seed + 2) if self.by_chains else None,
             Chains(drawn[fine], score[fine]) if self.by_chains else None,
             plan.posterior, None if self.by_chains else (sampler.steps or steps), levels, plan.rates, sampler.estimator,

@@ -24,17 +24,23 @@ _EMBEDDED = 16
 class MLPGenerator(nn.Module):
     """An MLP of z ~ N(0, I) in `dim` coordinates; with `categories`, of z and the learned vector of a uniform category.
 
+    With `skip`, z is added to the output: the draws begin spread over all of the target instead of near one point, which
+    keeps the modes where they are wide; where they are narrow, z is noise that the network would have to take out again.
+
     A continuous map has to lead some of its mass from mode to mode; categories need not. Their masses are equal, so mode
     weights come in steps of about 1 / categories, finer where z splits one.
     """
 
-    def __init__(self, dim: int, hidden: int, depth: int, categories: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, dim: int, hidden: int, depth: int, categories: int = 0, skip: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         self.dim, self.categories = check_count("dim", dim), check_count("categories", categories, 0)
         self.net = MLP(dim + (_EMBEDDED if categories else 0), dim, hidden, depth, seed=seed)
         if categories:
             generator = torch.Generator().manual_seed(seed + 1)
             self.embedding = nn.Parameter(torch.randn(categories, _EMBEDDED, generator=generator))
+        self.skip = skip
 
     def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n latent"]:
         """`n` draws of z, with the category as a last number where there are any."""
@@ -46,10 +52,9 @@ class MLPGenerator(nn.Module):
 
     def forward(self, latent: Float[Tensor, "n latent"]) -> Float[Tensor, "n dim"]:
         """Positions of the latent draws."""
-        if not self.categories:
-            return self.net(latent)
-        known = self.embedding[latent[:, -1].long()]
-        return self.net(torch.cat([latent[:, :-1], known], 1))
+        z = latent[:, : self.dim]
+        known = torch.cat([z, self.embedding[latent[:, -1].long()]], 1) if self.categories else z
+        return self.net(known) + z if self.skip else self.net(known)
 
 
 class EGNNGenerator(nn.Module):

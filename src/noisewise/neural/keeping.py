@@ -19,6 +19,7 @@ def save(fitted: Any, folder: str | Path) -> Path:
     """Write a fitted sampler; a generator of the user's own is named, and must be given again when it is loaded."""
     standard, net = fitted.fitted()
     config = fitted.config() | {
+        "skip": getattr(net, "skip", False),
         "cost": vars(fitted.cost),
         "history": fitted.history_,
         "warnings": list(fitted.warnings_),
@@ -44,7 +45,7 @@ def load(cls: Any, folder: str | Path, target: Any, generator: nn.Module | None,
             raise RunFolderError(
                 f"{folder} holds a sampler of dim {config['dim']}, the target has dim {made.target.dim}"
             )
-        net = made.make_generator()
+        net = made.make_generator(config["skip"])
         prefix = "generator."
         net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         made.net_ = net.eval().requires_grad_(False)

@@ -14,7 +14,9 @@ from noisewise.typing import check_positive
 __all__ = ["WEIGHTS", "Levels"]
 
 # of the gradient with respect to y = x_t / a, as functions of a and sigma = s / a; x_t itself gives one more factor a
-WEIGHTS = ("uniform", "1/a", "s2/a", "s2/a2")
+WEIGHTS = ("denoised", "uniform", "1/a", "s2/a", "s2/a2")
+# share of a run after which a mode's variance sets in
+_SHARPENED = 0.6
 # where the generator's lowest level begins, as a share of the highest
 _ANNEALED_FROM = 0.3
 
@@ -30,17 +32,20 @@ class Drawn(NamedTuple):
 class Levels:
     """Noise scales sigma = s / a: log-uniform on [`lo`, `hi`], or uniform over `table` where one is given.
 
-    `weight`: "uniform", "1/a", "s2/a" or "s2/a2", for x_t = a x + s eps with a^2 + s^2 = 1; the last one is sigma^2, with which
-    the gradient is a difference of denoised means. `annealed`: share of a run over which the lowest level
+    `weight`: those of the paper, "uniform", "1/a", "s2/a" and "s2/a2", for x_t = a x + s eps with a^2 + s^2 = 1; the last one is
+    sigma^2, with which the gradient is a difference of denoised means. "denoised" is that, plus `variance` (of a mode) times a
+    factor that rises from 0 to 1 over the last 40 % of a run: low levels know nothing of mode weights and, given their full
+    weight early, shift them, but they make the modes sharp. `annealed`: share of a run over which the lowest level
     that the generator sees falls from 0.3 `hi` to `lo`; the score networks see all of them at all times.
     Raises `InvalidInput` for levels that are not above 0 or out of order, and for an unknown weight.
     """
 
     lo: float
     hi: float
-    weight: str = "s2/a2"
+    weight: str = "denoised"
     annealed: float = 0.5
     table: tuple[float, ...] | None = None
+    variance: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive("the lowest noise level", self.lo)
@@ -63,12 +68,14 @@ class Levels:
                 top = max(_ANNEALED_FROM * self.hi, self.lo)
                 lo = top * (self.lo / top) ** (done / self.annealed)
             sigma = lo * torch.exp(torch.rand(n, generator=generator) * math.log(self.hi / lo))
-        return Drawn(sigma, self._weight(sigma))
+        return Drawn(sigma, self._weight(sigma, done))
 
-    def _weight(self, sigma: Tensor) -> Tensor:
+    def _weight(self, sigma: Tensor, done: float | int) -> Tensor:
         a = (1 + sigma.square()).rsqrt()
         # d x_t / dx = a and the score of y is a times that of x_t: in terms of y the paper's weight w stays w
+        late = max(0.0, (min(done, 1.0) - _SHARPENED) / (1 - _SHARPENED))
         return {
+            "denoised": lambda: sigma.square() + late * self.variance,
             "uniform": lambda: torch.ones_like(sigma),
             "1/a": lambda: 1 / a,
             "s2/a": lambda: (sigma * a).square() / a,

@@ -1,0 +1,3 @@
+"""What `noisewise compare` runs for DiKL, in a folder."""
+
+__all__: list[str] = []

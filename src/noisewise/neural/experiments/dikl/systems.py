@@ -1,0 +1,114 @@
+"""The contestants: DiKL in its forms, reverse KL, and chains that may call the target as often."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noisewise.comparison import System
+from noisewise.errors import NoisewiseWarning
+from noisewise.neural.dikl import DiKLSampler
+from noisewise.neural.posterior import PosteriorDraws, PosteriorSampler
+from noisewise.noise import NoiseSchedule
+from noisewise.sampling.loop import sample
+from noisewise.sampling.tempering import ParallelTempering
+from noisewise.targets.gaussian_mixture import GaussianMixture
+from noisewise.typing import Cost
+
+__all__ = ["Drawn", "ExactScore", "chain_systems", "network_systems"]
+
+_CHAINS = 128
+# one level of a third of a mode's width in the plane of the forty modes, on the standardised scale: reverse KL
+_ONE_LEVEL = 0.02
+# draws of each point for the posterior of a direct estimate
+_POOLED = 8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Draws [n, dim], the bill of making the sampler and them, and how training went."""
+
+    positions: Tensor
+    cost: Cost
+    seed: int
+    history: list[dict[str, float]]
+    notes: tuple[str, ...] = ()
+
+
+class ExactScore:
+    """The noisy score of a Gaussian mixture in closed form: what the best estimate of the target's score could do."""
+
+    method = "exact"
+
+    def draw(
+        self, target: Any, noisy: Tensor, sigma: Tensor, steps: Any, generator: torch.Generator, start: Any = None,
+        project: Any = None,
+    ) -> PosteriorDraws:  # fmt: skip
+        """Exact moments of p(x | y); the mixture's components must share one isotropic covariance."""
+        mixture: GaussianMixture = target.target
+        y = target.to_x(noisy)
+        s = (sigma.unsqueeze(-1) * target.scale).square()
+        width = mixture.covariances[0].diagonal().to(y)
+        total = (width + s).unsqueeze(1)
+        log_weight = mixture.weights.to(y).log() - ((y.unsqueeze(1) - mixture.means).square() / total).sum(-1) / 2
+        centre = log_weight.softmax(-1) @ mixture.means.to(y)
+        mean = target.to_u((width * y + s * centre) / (width + s))
+        one = torch.ones_like(sigma)
+        return PosteriorDraws(noisy, sigma, mean, torch.zeros_like(mean), 2 * one, one > 0, None, None, Cost())
+
+
+def network_systems(target: Any, calls: int, draws: int, exact: bool, generator: str) -> tuple[System, ...]:
+    """DiKL, its forms with other sources of the target's score, and reverse KL: one small level, all else equal."""
+
+    def fit(**options: Any) -> Callable[..., Drawn]:
+        def draw(budget: float | int, seed: int) -> Drawn:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoisewiseWarning)  # they are notes of the row
+                sampler = DiKLSampler(target, generator, seed=seed, **options).fit(
+                    max_steps=int(budget), max_gradients=calls if "posterior" not in options else None
+                )
+            x = sampler.sample(draws, seed=seed + 1)
+            return Drawn(x, sampler.cost, seed, sampler.history_, sampler.warnings_)
+
+        return draw
+
+    pool = PosteriorSampler("pool", particles=_POOLED)
+    digs = PosteriorSampler("digs", particles=1, langevin_steps=5)
+    systems = [
+        System("DiKL", fit()),
+        System("DiKL, Gaussian latent", fit(latent="gaussian")),
+        System("DiKL, posterior draws of a shared pool", fit(posterior=pool)),
+        System("DiKL, posterior draws by DiGS", fit(posterior=digs)),
+        System("reverse KL", fit(schedule=NoiseSchedule.from_scale(_ONE_LEVEL, 2 * _ONE_LEVEL, 1))),
+    ]
+    if exact:
+        systems.insert(1, System("DiKL, exact noisy score", fit(posterior=ExactScore(), estimator="denoising")))
+    if generator == "egnn":
+        # a pool of draws has no weight in eight dimensions of particles, and the EGNN no categories
+        systems = [system for system in systems if "pool" not in system.name and "latent" not in system.name]
+    return tuple(systems)
+
+
+def chain_systems(target: Any, calls: int, draws: int) -> tuple[System, ...]:
+    """Parallel tempering and the library's default, with the calls that DiKL's chains have."""
+
+    def chains(make: Callable[[Any], Any]) -> Callable[..., Drawn]:
+        def draw(budget: float | int, seed: int) -> Drawn:
+            bare = DiKLSampler(target).bare()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", NoisewiseWarning)
+                run = sample(make(bare), chains=_CHAINS, budget=calls, seed=seed, progress=False)
+            kept = run.positions[:, run.positions.shape[1] // 3 :].transpose(0, 1).reshape(-1, target.dim)
+            picked = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:draws]
+            notes = tuple(dict.fromkeys(str(one.message) for one in caught))
+            return Drawn(bare.to_u(kept[picked]), replace(run.cost), seed, [], notes)
+
+        return draw
+
+    return (
+        System("parallel tempering", chains(lambda bare: ParallelTempering(bare))),
+        System("noisewise.sample", chains(lambda bare: bare)),
+    )

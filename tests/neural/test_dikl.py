@@ -1,0 +1,359 @@
+"""DiKL: the gradient is that of the divergence, the fit keeps both modes, resumes to the same numbers, and says what is wrong."""
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning, RunFolderError
+from noisewise.neural import DiKLSampler, PosteriorSampler
+from noisewise.neural.levels import Levels
+from noisewise.neural.training import Rates
+from noisewise.noise import NoiseSchedule
+from noisewise.targets import GaussianMixture, double_well_4, many_well
+
+F64 = torch.float64
+FAST = Rates(3e-3, 2e-3, 128, 128, 2)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def two_modes():
+    return GaussianMixture(torch.tensor([[-4.0], [4.0]]), 1.0)
+
+
+class Affine(nn.Module):
+    """x = m + z L^T."""
+
+    def __init__(self, dim, mean=0.0, scale=1.0):
+        super().__init__()
+        self.m = nn.Parameter(torch.full((dim,), float(mean)))
+        self.L = nn.Parameter(scale * torch.eye(dim))
+
+    def forward(self, z):
+        return self.m + z @ self.L.T
+
+
+class ExactScore:
+    """The noisy score of a mixture in closed form, in the place of a `PosteriorSampler`."""
+
+    method = "exact"
+
+    def draw(self, target, noisy, sigma, steps, generator, start=None, project=None):
+        from noisewise.neural.posterior import PosteriorDraws
+        from noisewise.typing import Cost
+
+        mixture, scale = target.target, target.scale
+        x, out = target.to_x(noisy), torch.empty_like(noisy)
+        for row, s in enumerate((sigma * scale[0]).tolist()):
+            out[row] = mixture.noisy(1.0, s).score(x[row : row + 1])[0]
+        # E[x | y] on the standardised scale
+        mean = target.to_u(x + (sigma.unsqueeze(-1) * scale) ** 2 * out)
+        ones = torch.ones(len(noisy))
+        return PosteriorDraws(noisy, sigma, mean, 0 * mean, ones * 9, ones > 0, None, None, Cost())
+
+
+def gaussian_kl(m, L, mean, covariance, sigma):
+    """KL of N(m, L L^T + sigma^2) from N(mean, covariance + sigma^2)."""
+    eye = torch.eye(len(m), dtype=m.dtype)
+    p, q = (
+        torch.distributions.MultivariateNormal(a, b + sigma**2 * eye) for a, b in ((m, L @ L.T), (mean, covariance))
+    )
+    return torch.distributions.kl_divergence(p, q)
+
+
+def test_the_surrogate_has_the_gradient_of_the_divergence():
+    # oracle 6: exact scores of an affine generator and a Gaussian target; <sg(w D), x> against sum of w KL
+    dim, levels = 2, Levels(0.5, 2.0, "uniform", 0.0, (0.5, 2.0))
+    mean, covariance = torch.tensor([1.0, -1.0], dtype=F64), torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64)
+    g = Affine(dim, 0.3, 0.8).to(F64)
+    truth = sum(0.5 * gaussian_kl(g.m, g.L, mean, covariance, s) for s in (0.5, 2.0))
+    exact = torch.autograd.grad(truth, [g.m, g.L])
+    n, eye = 400_000, torch.eye(dim, dtype=F64)
+    x = g(torch.randn(n, dim, generator=seeded(0), dtype=F64))
+    sigma, weight = (t.to(F64) for t in levels.draw(n, seeded(1)))
+    y = (x + sigma[:, None] * torch.randn(n, dim, generator=seeded(2), dtype=F64)).detach()
+    gap = torch.empty_like(y)
+    for s in (0.5, 2.0):
+        at = (sigma - s).abs() < 1e-6
+        model = -torch.linalg.solve(g.L @ g.L.T + s**2 * eye, (y[at] - g.m).T).T
+        gap[at] = (model + torch.linalg.solve(covariance + s**2 * eye, (y[at] - mean).T).T).detach()
+    loss = (weight[:, None] * gap * x).sum(-1).mean()
+    found = torch.autograd.grad(loss, [g.m, g.L])
+    for one, other in zip(found, exact, strict=True):
+        assert torch.allclose(one, other, atol=0.01)
+
+
+def test_the_divergence_falls_with_the_noise_and_is_zero_only_for_equal_densities():
+    # oracle 8, on Gaussians
+    mean, covariance = torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64)
+    m, L = torch.tensor([1.0, 0.5], dtype=F64), torch.diag(torch.tensor([0.5, 2.0], dtype=F64))
+    values = [float(gaussian_kl(m, L, mean, covariance, s)) for s in (0.1, 0.5, 1.0, 3.0, 10.0)]
+    assert all(a > b > 0 for a, b in itertools.pairwise(values))
+    assert float(gaussian_kl(mean, covariance, mean, covariance, 0.5)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "1/a", "s2/a", "s2/a2"])
+def test_weights_are_those_of_the_paper_for_the_variance_preserving_form(weight):
+    sigma, found = Levels(0.1, 10.0, weight, 0.0).draw(1000, seeded(0))
+    a = 1 / (1 + sigma**2).sqrt()
+    s = sigma * a
+    truth = {"uniform": torch.ones(1000), "1/a": 1 / a, "s2/a": s**2 / a, "s2/a2": s**2 / a**2}[weight]
+    assert torch.allclose(found, truth, rtol=1e-5)
+
+
+def test_levels_are_log_uniform_and_fall_to_the_lowest():
+    levels = Levels(0.01, 3.0, annealed=0.5)
+    early, late = levels.draw(4000, seeded(0), 0.0).sigma, levels.draw(4000, seeded(0), 0.7).sigma
+    assert early.min() == pytest.approx(0.9, rel=0.01)
+    assert late.min() == pytest.approx(0.01, rel=0.02)
+    # uniform on the log scale: mean and variance of log sigma
+    logs = (late.log() - math.log(0.01)) / math.log(300)
+    assert float(logs.mean()) == pytest.approx(0.5, abs=4 * (1 / 12 / 4000) ** 0.5)
+
+
+@pytest.mark.slow
+def test_an_affine_generator_learns_a_gaussian():
+    # oracle 7: the mean and the covariance within 2 % of the scale, from exact scores of the target
+    target = GaussianMixture(torch.tensor([[3.0, -2.0]]), torch.tensor([[[2.0, 0.8], [0.8, 1.0]]]))
+    sampler = DiKLSampler(
+        target, Affine(2), posterior=ExactScore(), schedule=NoiseSchedule.from_scale(0.3, 1.5, 4), hidden=64, depth=2,
+        rates=Rates(1e-2, 5e-3, 256, 256, 4), standardize=False, seed=0,
+    ).fit(max_steps=1500)  # fmt: skip
+    net = sampler.net_.net
+    covariance = (net.L @ net.L.T).detach()
+    assert torch.allclose(net.m, torch.tensor([3.0, -2.0]), atol=0.06)
+    assert torch.allclose(covariance, torch.tensor([[2.0, 0.8], [0.8, 1.0]]), atol=0.08)
+
+
+def weights_of(sampler):
+    return float((sampler.sample(4000)[:, 0] > 0).double().mean())
+
+
+@pytest.mark.slow
+def test_reverse_kl_keeps_one_mode_where_dikl_has_both():
+    # oracle 14: from a generator that begins off centre; the same object, and only the levels differ
+    class OffCentre(nn.Module):
+        latent_dim = 2
+
+        def __init__(self):
+            super().__init__()
+            from noisewise.networks import MLP
+
+            self.net = MLP(2, 1, 64, 2, seed=3)
+
+        def forward(self, z):
+            return 3.0 + z[:, :1] + self.net(z)
+
+    common = {"posterior": PosteriorSampler("importance", particles=64), "hidden": 64, "depth": 2, "standardize": False}
+    rates = Rates(2e-3, 3e-3, 256, 256, 4)
+    one = DiKLSampler(two_modes(), OffCentre(), schedule=NoiseSchedule.from_scale(0.3, 0.31, 2), rates=rates, **common)
+    all_levels = DiKLSampler(
+        two_modes(), OffCentre(), schedule=NoiseSchedule.from_scale(0.3, 8.0, 12), rates=rates, **common
+    )
+    with _quiet():
+        one.fit(max_steps=800)
+        all_levels.fit(max_steps=800)
+    assert weights_of(one) > 0.98
+    assert weights_of(all_levels) == pytest.approx(0.5, abs=0.1)
+
+
+class _quiet:
+    """Fits this short are warned of; that is not what these tests are about."""
+
+    def __enter__(self):
+        self.caught = warnings.catch_warnings()
+        self.caught.__enter__()
+        warnings.simplefilter("ignore", NoisewiseWarning)
+
+    def __exit__(self, *error):
+        self.caught.__exit__(*error)
+
+
+def tiny(seed=0, **options):
+    options = {"rates": FAST, "hidden": 32, "depth": 2, "categories": 8, "seed": seed} | options
+    return DiKLSampler(two_modes(), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"posterior": PosteriorSampler("digs", particles=2, langevin_steps=2)}])
+def test_same_seed_same_sampler_and_another_seed_another(options):
+    with _quiet():
+        first, again, other = (tiny(s, **options).fit(max_steps=15, max_gradients=60_000) for s in (0, 0, 1))
+    assert torch.equal(first.sample(50, seed=5), again.sample(50, seed=5))
+    assert not torch.equal(first.sample(50, seed=5), other.sample(50, seed=5))
+
+
+@pytest.mark.parametrize("options", [{}, {"posterior": PosteriorSampler("digs", particles=2, langevin_steps=2)}])
+def test_a_killed_fit_goes_on_to_the_same_sampler(tmp_path, options, monkeypatch):
+    from noisewise.neural import dikl, training
+
+    monkeypatch.setattr(dikl, "_CHECKPOINT_SECONDS", 0.0)
+    with _quiet():
+        whole = tiny(**options).fit(max_steps=12, max_gradients=60_000)
+        for last, method in ((9, "learn_target"), (5, "advance")):
+            if options and method == "learn_target":
+                continue
+            real, calls = getattr(training.Training, method), [0]
+
+            def dying(self, done, real=real, calls=calls, last=last):
+                calls[0] += 1
+                if calls[0] == last:
+                    raise KeyboardInterrupt
+                real(self, done)
+
+            monkeypatch.setattr(training.Training, method, dying)
+            with pytest.raises(KeyboardInterrupt):
+                tiny(**options).fit(max_steps=12, max_gradients=60_000, resume=tmp_path / "run")
+            monkeypatch.setattr(training.Training, method, real)
+        resumed = tiny(**options).fit(max_steps=12, max_gradients=60_000, resume=tmp_path / "run")
+    assert torch.equal(whole.sample(50), resumed.sample(50))
+    assert whole.cost.gradients == resumed.cost.gradients
+    with pytest.raises(RunFolderError, match="seed"):
+        tiny(seed=3, **options).fit(max_steps=12, max_gradients=60_000, resume=tmp_path / "run")
+
+
+def test_the_bill_counts_every_call():
+    calls = [0]
+
+    def log_prob(x):
+        calls[0] += len(x)
+        return -x.square().sum(-1) / 2
+
+    with _quiet():
+        sampler = DiKLSampler(
+            log_prob, dim=2, rates=FAST, hidden=16, depth=1, posterior=PosteriorSampler("importance", particles=3)
+        ).fit(max_steps=10)
+    # the checks of starts, of a first call and the timing of it are not billed
+    unbilled = calls[0] - sampler.cost.gradients - sampler.cost.energies
+    assert 0 <= unbilled <= 4 * 256 + 20_000
+    before, calls[0] = sampler.cost.gradients, 0
+    sampler.sample(100, refine_steps=9)
+    assert sampler.cost.gradients - before == pytest.approx(calls[0], abs=2)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_saved_and_loaded_it_draws_the_same(tmp_path, own):
+    target = two_modes()
+    options = {"generator": Affine(1)} if own else {}
+    with _quiet():
+        sampler = tiny(**options).fit(max_steps=5, max_gradients=60_000)
+    sampler.save_pretrained(tmp_path)
+    loaded = DiKLSampler.from_pretrained(tmp_path, target, generator=Affine(1) if own else None)
+    assert torch.equal(loaded.sample(64, seed=3), sampler.sample(64, seed=3))
+    assert loaded.cost == sampler.cost
+    with pytest.raises(RunFolderError, match="dim"):
+        DiKLSampler.from_pretrained(tmp_path, many_well(2), generator=Affine(2) if own else None)
+    if own:
+        with pytest.raises(RunFolderError, match="Affine"):
+            DiKLSampler.from_pretrained(tmp_path, target)
+
+
+@pytest.mark.slow
+def test_moving_and_shrinking_the_target_moves_and_shrinks_the_draws():
+    # the preset sees a standardised target: the same modes, wherever they lie and however small they are
+    shift = torch.tensor([100.0, -60.0])
+    means = torch.tensor([[-6.0, 0.0], [6.0, 0.0], [0.0, 9.0]])
+    found = []
+    for factor, offset in ((1.0, 0 * shift), (0.1, shift)):
+        target = GaussianMixture(factor * means + offset, factor**2)
+        starts = factor * 5 * torch.randn(128, 2, generator=seeded(0)) + offset
+        with _quiet():
+            sampler = DiKLSampler(target, rates=Rates(3e-3, 2e-3, 256, 256, 4), init=starts).fit(
+                max_steps=300, max_gradients=100_000
+            )
+        x = sampler.sample(4000)
+        share = torch.bincount(target.component(x), minlength=3) / 4000
+        assert float((share - 1 / 3).abs().max()) < 0.08
+        within = (x - target.means[target.component(x)]).square().sum(-1).sqrt() / factor
+        found.append(float((within < 3).double().mean()))
+    assert min(found) > 0.8
+    assert found[0] == pytest.approx(found[1], abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_particles_is_drawn_without_its_centre_of_mass():
+    target = double_well_4()
+    with _quiet():
+        sampler = DiKLSampler(target, "egnn", hidden=16, depth=2, rates=FAST).fit(max_steps=5, max_gradients=60_000)
+    x = sampler.sample(100)
+    assert float(x.unflatten(-1, (4, 2)).mean(1).abs().max()) < 1e-5
+    refined = sampler.sample(100, refine_steps=30)
+    assert float(refined.unflatten(-1, (4, 2)).mean(1).abs().max()) < 1e-5
+    # the moves are those of the density: energies fall to where it lies
+    assert float(-target.log_prob(refined).mean()) < float(-target.log_prob(x).mean())
+
+
+def nan_outside(x):
+    return torch.where(x.norm(dim=-1) < 3, -x.square().sum(-1) / 2, math.nan)
+
+
+def test_a_density_that_is_no_number_outside_a_ball_is_survived(shapes_unchecked):
+    starts = 0.5 * torch.randn(64, 2, generator=seeded(0))
+    with _quiet():
+        sampler = DiKLSampler(nan_outside, dim=2, init=starts, rates=FAST, hidden=16, depth=1).fit(
+            max_steps=10, max_gradients=40_000
+        )
+    assert bool(torch.isfinite(sampler.sample(100)).all())
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "said"),
+    [
+        (lambda x: -x.square().sum(), "over the batch"),
+        (lambda x: -x.square(), "sum over the last axis"),
+        (lambda x: -x.detach().square().sum(-1), "without a gradient"),
+        (lambda x: -torch.inf * x.square().sum(-1), "inside the support"),
+        (lambda x: torch.as_tensor(np.asarray(x.detach()) ** 2).sum(-1), "without a gradient"),
+    ],
+)
+def test_a_target_that_cannot_work_is_named_before_any_work(log_prob, said, shapes_unchecked):
+    with pytest.raises(InvalidInput, match=said):
+        DiKLSampler(log_prob, dim=2).fit(max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"preset": "gpu"}, "'gpu'"),
+        ({"generator": "resnet"}, "'resnet'"),
+        ({"generator": "egnn"}, "has none"),
+        ({"latent": "uniform"}, "'uniform'"),
+        ({"estimator": "msi"}, "'msi'"),
+        ({"posterior": "ais"}, "'ais'"),
+        ({"categories": 1}, "categories"),
+        ({"weight": "a"}, "weight must be one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, said):
+    with pytest.raises(InvalidInput, match=said):
+        DiKLSampler(two_modes(), **options)
+
+
+def test_what_fit_and_sample_need_is_said(shapes_unchecked):
+    with pytest.raises(InvalidInput, match="declare what a fit may use"):
+        tiny().fit()
+    with pytest.raises(InvalidInput, match="max_seconds"):
+        tiny().fit(max_seconds=-1)
+    with pytest.raises(InvalidInput, match="not fitted yet"):
+        tiny().sample(10)
+    with pytest.raises(InvalidInput, match=r"must map \[n, 1\] to \[n, 1\]"):
+        tiny(generator=nn.Linear(1, 3)).fit(max_steps=1)
+    with pytest.raises(InvalidInput, match="go from clean to noisy"):
+        NoiseSchedule(list(NoiseSchedule.from_scale(0.1, 1.0, 3))[::-1])
+
+
+def test_a_score_that_stays_infinite_ends_the_fit_with_its_reason():
+    class Broken:
+        method = "broken"
+
+        def draw(self, target, noisy, sigma, steps, generator, start=None, project=None):
+            raise NoisewiseError("the force field is gone")
+
+    with pytest.raises(NoisewiseError, match="force field is gone"):
+        tiny(posterior=Broken()).fit(max_steps=2, max_gradients=60_000)
