@@ -51,8 +51,9 @@ class ExactScore:
 
         mixture, scale = target.target, target.scale
         x, out = target.to_x(noisy), torch.empty_like(noisy)
-        for row, s in enumerate((sigma * scale[0]).tolist()):
-            out[row] = mixture.noisy(1.0, s).score(x[row : row + 1])[0]
+        for level in sigma.unique().tolist():
+            at = sigma == level
+            out[at] = mixture.noisy(1.0, level * float(scale[0])).score(x[at])
         # E[x | y] on the standardised scale
         mean = target.to_u(x + (sigma.unsqueeze(-1) * scale) ** 2 * out)
         ones = torch.ones(len(noisy))
