@@ -80,7 +80,7 @@ def fit_command(
         "generator": generator.value,
         "steps": None if steps is None else check_count("--steps", steps),
         "seconds": None if seconds is None else check_positive("--seconds", seconds),
-        "budget": None if budget is None else check_count("--budget", budget),
+        "budget": None if budget is None else float(check_count("--budget", budget)),
         "seed": check_count("--seed", seed, 0),
     }
     if steps is None and seconds is None and (preset is Preset.CPU or budget is None):
@@ -270,8 +270,12 @@ def _load(folder: Path, moved: str | None) -> "DiKLSampler":
         raise RunFolderError(f"{folder} holds no finished `noisewise neural fit`")
     command = read_command(folder / _COMMAND)
     source = command["source"] if moved is None else moved
-    target = load_target(source, command["dim"])
+    path, colon, _ = source.rpartition(":")
+    if colon and not Path(path).is_file():
+        raise RunFolderError(f"there is no file {path!r} any more: say where it is now, --target FILE.py:NAME")
+    # before the file is run
     refuse_changed(command, source, folder)
+    target = load_target(source, command["dim"])
     sampler = DiKLSampler.from_pretrained(folder / _MODEL, target)
     if sampler.interrupted_:
         warnings.warn(
