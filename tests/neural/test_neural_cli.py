@@ -110,7 +110,7 @@ def test_draws_are_those_of_the_library_in_every_form(fitted, tmp_path, capsys):
 
 
 def test_the_table_has_the_numbers_of_evaluate_with_their_floors(fitted, capsys):
-    path, out = fitted
+    _, out = fitted
     run("evaluate", out, "-n", 200, "--json")
     found = json.loads(capsys.readouterr().out)["measurements"]
     assert {"W2", "MMD2", "modes covered", "TV of mode weights"} <= found.keys()

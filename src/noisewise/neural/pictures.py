@@ -87,7 +87,7 @@ def distance_plot(samples: Float[Tensor, "n dim"], target: Any, reference: Float
     return _band_plot(given, trusted, "distance of two particles")
 
 
-def training_plot(history: Sequence[Mapping[str, float | str]]) -> "Figure":
+def training_plot(history: Sequence[Mapping[str, float | int | str]]) -> "Figure":
     """Every number that a fit's `history_` follows, over the steps of the generator; what never changed is left out.
 
     Raises `InvalidInput` for a history of fewer than two looks, or in which nothing changed.
