@@ -22,6 +22,7 @@ from rich.table import Table
 import noisewise
 from noisewise.energy.cli import energy_app
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
+from noisewise.neural.cli import neural_app
 from noisewise.sampling.cli import sample_command
 from noisewise.typing import check_count
 
@@ -142,6 +143,7 @@ app = typer.Typer(
 )
 app.command("sample")(sample_command)
 app.add_typer(energy_app, name="energy")
+app.add_typer(neural_app, name="neural")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 

@@ -1,11 +1,24 @@
-"""Writing a file so that a crash leaves either the old one or the new one, never half of it."""
+"""Writing a file so that a crash leaves either the old one or the new one, never half of it; the text of a table."""
 
 import contextlib
+import csv
+import io
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["as_csv", "write_atomically"]
+
+
+def as_csv(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
+    """The text of a CSV file of numbers, with a first line of `names` where there are any, commas and quotes included."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    if names:
+        writer.writerow(names)
+    writer.writerows([f"{value:.9g}" for value in row] for row in rows)
+    return file.getvalue()
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from noisewise.errors import InvalidInput
-from noisewise.neural import distance_plot, energy_plot, sample_plot
+from noisewise.neural import distance_plot, energy_plot, sample_plot, training_plot
 from noisewise.targets import GaussianMixture, double_well_4, gmm40, lennard_jones, many_well
 
 
@@ -69,3 +69,17 @@ def test_bad_input_is_quoted():
         distance_plot(torch.zeros(5, 4), target, torch.zeros(5, 4))
     with pytest.raises(InvalidInput, match="needs 2 coordinates"):
         sample_plot(torch.zeros(5, 1), GaussianMixture(torch.zeros(1, 1), 1.0))
+
+
+def test_curves_of_a_fit_follow_what_changes_and_nothing_else():
+    history = [{"step": i, "done": i / 3, "seconds": 2.0 * i, "score": 5.0 - i, "target_score": 0.7} for i in range(4)]
+    (axes,) = training_plot(history).axes
+    assert axes.get_title(loc="left") == "score"
+    assert axes.lines[0].get_xydata().tolist() == [[0, 5], [1, 4], [2, 3], [3, 2]]
+    # a number that appears late has the steps at which it was seen
+    history[3]["ess"], history[2]["ess"] = 2.0, 3.0
+    drawn = training_plot(history).axes
+    assert [panel.get_title(loc="left") for panel in drawn] == ["score", "ess"]
+    assert drawn[1].lines[0].get_xydata().tolist() == [[2, 3], [3, 2]]
+    with pytest.raises(InvalidInput, match="history of 1 looks"):
+        training_plot(history[:1])

@@ -1,7 +1,6 @@
 """`noisewise energy fit` and `noisewise energy sample`: an energy model of a table of numbers, and rows drawn from it."""
 
 import csv
-import io
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
-from noisewise.files import write_atomically
+from noisewise.files import as_csv, write_atomically
 from noisewise.typing import check_count, check_positive
 
 if TYPE_CHECKING:
@@ -124,12 +123,12 @@ def sample_command(
     else:
         drawn = _sample_dsm(folder, command, n, seed)
     if out is not None:
-        write_atomically(out, _as_csv(command["names"], drawn.tolist()))
+        write_atomically(out, as_csv(command["names"], drawn.tolist()))
     if as_json:
         kept = {"n": n} | ({"rows": drawn.tolist()} if out is None else {"out": str(out)})
         typer.echo(json.dumps({"names": command["names"], **kept}, indent=2))
     elif out is None:
-        sys.stdout.write(_as_csv(command["names"], drawn.tolist()))
+        sys.stdout.write(as_csv(command["names"], drawn.tolist()))
     else:
         typer.echo(f"{n} rows: {out}")
 
@@ -141,16 +140,6 @@ def _refuse_idle(method: EnergyMethod, options: dict[str, Any]) -> None:
             raise InvalidInput(
                 f"--{name} {value} belongs to --method {_OWN[name].value} and would do nothing for {method.value}: leave it out"
             )
-
-
-def _as_csv(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
-    """The text of a CSV file that `read_table` reads back, names with commas and quotes included."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    if names:
-        writer.writerow(names)
-    writer.writerows([f"{value:.9g}" for value in row] for row in rows)
-    return file.getvalue()
 
 
 def read_table(path: Path) -> tuple["torch.Tensor", list[str]]:

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "dikl": ["DiKLSampler"],
         "evaluate": ["evaluate"],
-        "pictures": ["distance_plot", "energy_plot", "sample_plot"],
+        "pictures": ["distance_plot", "energy_plot", "sample_plot", "training_plot"],
         "posterior": ["PosteriorDraws", "PosteriorSampler", "fitted_variance"],
         "steps": ["StepSizes"],
     },

@@ -1,5 +1,9 @@
-"""Pictures of samples: over the density or beside trusted draws, energies and pair distances over a band of chance."""
+"""Pictures of samples: over the density or beside trusted draws, energies and pair distances over a band of chance; of a fit.
 
+A fit's curves are drawn from its history alone.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["distance_plot", "energy_plot", "sample_plot"]
+__all__ = ["distance_plot", "energy_plot", "sample_plot", "training_plot"]
 
 _BLUE, _ORANGE, _INK = "#0072B2", "#D55E00", "#222222"
 _BAND = "#C9D1D7"
@@ -21,6 +25,8 @@ _BINS = 80
 # More panels or points than these say nothing more to the eye.
 _MAX_PAIRS = 4
 _MAX_DRAWN = 5_000
+# What a history says of each look beside its curves.
+_PLACES = ("step", "done", "gradients", "seconds", "phase", "learned")
 
 
 def sample_plot(
@@ -79,6 +85,31 @@ def distance_plot(samples: Float[Tensor, "n dim"], target: Any, reference: Float
         raise InvalidInput(f"{type(target).__name__} has no pair_distances: it is no cluster of particles")
     given, trusted = (target.pair_distances(x.detach()).double().cpu() for x in (samples, reference))
     return _band_plot(given, trusted, "distance of two particles")
+
+
+def training_plot(history: Sequence[Mapping[str, float | int | str]]) -> "Figure":
+    """Every number that a fit's `history_` follows, over the steps of the generator; what never changed is left out.
+
+    Raises `InvalidInput` for a history of fewer than two looks, or in which nothing changed.
+    """
+    names = [name for name in dict.fromkeys(key for look in history for key in look) if name not in _PLACES]
+    curves = {name: [(look["step"], look[name]) for look in history if name in look] for name in names}
+    curves = {name: points for name, points in curves.items() if len({value for _, value in points}) > 1}
+    if not curves:
+        raise InvalidInput(f"nothing changes in a history of {len(history)} looks: train for more steps")
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure = _figure(width=1.0 + 2.6 * columns, height=0.4 + 2.2 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, points) in zip(panels, curves.items(), strict=False):
+        step, value = zip(*points, strict=True)
+        axes.plot(step, value, color=_BLUE, linewidth=1.2, marker="." if len(step) < 10 else "")
+        axes.set_title(name.replace("_", " "), fontsize=9, loc="left")
+        axes.set_xlabel("step", fontsize=8)
+        _dress(axes)
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    return figure
 
 
 def _band_plot(given: Float[Tensor, "n values"], trusted: Float[Tensor, "m values"], label: str) -> "Figure":

@@ -25,12 +25,32 @@ if TYPE_CHECKING:
     from noisewise.sampling.draws import Draws
     from noisewise.targets.target import Target
 
-__all__ = ["Dtype", "SamplingMethod", "load_target", "sample_command"]
+__all__ = [
+    "ZOO",
+    "Dtype",
+    "SamplingMethod",
+    "load_target",
+    "read_command",
+    "refuse_changed",
+    "sample_command",
+    "source_digest",
+]
 
 # what lies in the folder of -o beside summary.json and report.html; the draws are a run folder, for `Draws.load`
 _COMMAND, _DRAWS = "command.json", "draws"
 _CHAINS = 64
-_ZOO = ("gmm40", "many_well", "double_well_4", "lennard_jones", "funnel", "bnn", "posteriordb_mixture")
+# known problems by the name they go by on the command line, and what `noisewise.targets` calls them
+ZOO = {
+    "gmm40": "gmm40",
+    "many_well": "many_well",
+    "dw4": "double_well_4",
+    "double_well_4": "double_well_4",
+    "lj13": "lennard_jones",
+    "lennard_jones": "lennard_jones",
+    "funnel": "funnel",
+    "bnn": "bnn",
+    "posteriordb_mixture": "posteriordb_mixture",
+}
 
 
 class SamplingMethod(StrEnum):
@@ -64,7 +84,7 @@ class Dtype(StrEnum):
 
 def sample_command(
     source: Annotated[
-        str, typer.Argument(help=f"FILE.py:NAME, run as Python: trust it first. Or a known problem: {', '.join(_ZOO)}.")
+        str, typer.Argument(help=f"FILE.py:NAME, run as Python: trust it first. Or a known problem: {', '.join(ZOO)}.")
     ],
     dim: Annotated[int | None, typer.Option(help="Coordinates; needed where NAME is a plain function.")] = None,
     method: Annotated[
@@ -105,7 +125,13 @@ def sample_command(
     target = load_target(source, dim)
     starts = _make_starts(target.dim, options["chains"], options["seed"], dtype, init_scale, init)
     if out is not None:
-        command = {"source": source, "sha256": _digest(source), "method": method.value, "dim": target.dim, **options}
+        command = {
+            "source": source,
+            "sha256": source_digest(source),
+            "method": method.value,
+            "dim": target.dim,
+            **options,
+        }
         command |= {
             "budget": budget,
             "dtype": dtype.value,
@@ -164,12 +190,12 @@ def load_target(source: str, dim: int | None = None) -> "Target":
 
     path, colon, name = source.rpartition(":")
     if not colon:
-        if source not in _ZOO:
+        if source not in ZOO:
             raise InvalidInput(
-                f"{source!r} is neither FILE.py:NAME nor a known problem; known: {', '.join(_ZOO)}"
+                f"{source!r} is neither FILE.py:NAME nor a known problem; known: {', '.join(ZOO)}"
                 + (f"; for a file say which function: {source}:log_prob" if source.endswith(".py") else "")
             )
-        make = getattr(targets, source)
+        make = getattr(targets, ZOO[source])
         sized = dim is not None and "dim" in inspect.signature(make).parameters
         return as_target(make(dim=dim) if sized else make(), dim=dim)
     found = _load_name(Path(path), name)
@@ -243,10 +269,27 @@ def _make_starts(
     return scale * torch.randn(chains or _CHAINS, dim, dtype=kind, generator=generator)
 
 
-def _digest(source: str) -> str | None:
-    """SHA-256 of the user's file, so that a resumed run is refused when its target has changed."""
+def source_digest(source: str) -> str | None:
+    """SHA-256 of the user's file, so that a resumed run is refused when its target has changed; None for a known problem."""
     path, colon, _ = source.rpartition(":")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if colon else None
+
+
+def read_command(record: Path) -> dict[str, Any]:
+    """What a `command.json` holds. Raises `RunFolderError` for a damaged one, `OSError` where there is none."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"{record} is damaged ({error}); start again in another folder") from error
+
+
+def refuse_changed(before: dict[str, Any], source: str, out: Path) -> None:
+    """Raise `RunFolderError` where the user's file is not the one that the run in `out` began with."""
+    if before.get("sha256") != source_digest(source):
+        raise RunFolderError(
+            f"the file of {source} has changed since the run in {out} began; "
+            "start again in another folder, or put the file back"
+        )
 
 
 def _prepare_folder(out: Path, command: dict[str, Any], resume: bool) -> None:
@@ -258,15 +301,7 @@ def _prepare_folder(out: Path, command: dict[str, Any], resume: bool) -> None:
     if resume:
         if not begun or not record.is_file():
             raise RunFolderError(f"{out} holds no run to resume; leave --resume out to start one")
-        try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunFolderError(f"{record} is damaged ({error}); start again in another folder") from error
-        if before.get("sha256") != command["sha256"]:
-            raise RunFolderError(
-                f"the file of {command['source']} has changed since the run in {out} began; "
-                "start again in another folder, or put the file back"
-            )
+        refuse_changed(read_command(record), command["source"], out)
     elif begun:
         raise RunFolderError(f"{out} already holds a run; go on with it by --resume, or choose another folder")
     elif out.is_dir() and any(path.name != _COMMAND for path in out.iterdir()):
