@@ -124,9 +124,16 @@ def test_an_affine_generator_learns_a_gaussian():
     # oracle 7: the mean and the covariance within 2 % of the scale, from exact scores of the target
     target = GaussianMixture(torch.tensor([[3.0, -2.0]]), torch.tensor([[[2.0, 0.8], [0.8, 1.0]]]))
     sampler = DiKLSampler(
-        target, Affine(2), posterior=ExactScore(), schedule=NoiseSchedule.from_scale(0.3, 1.5, 4), hidden=64, depth=2,
-        rates=Rates(1e-2, 5e-3, 256, 256, 4), standardize=False, seed=0,
-    ).fit(max_steps=1500)  # fmt: skip
+        target,
+        Affine(2),
+        posterior=ExactScore(),
+        estimator="denoising",
+        schedule=NoiseSchedule.from_scale(0.3, 1.5, 4),
+        hidden=64,
+        depth=2,
+        rates=Rates(1e-2, 5e-3, 256, 256, 4),
+        standardize=False,
+    ).fit(max_steps=1500)
     net = sampler.net_.net
     covariance = (net.L @ net.L.T).detach()
     assert torch.allclose(net.m, torch.tensor([3.0, -2.0]), atol=0.06)
@@ -358,3 +365,40 @@ def test_a_score_that_stays_infinite_ends_the_fit_with_its_reason():
 
     with pytest.raises(NoisewiseError, match="force field is gone"):
         tiny(posterior=Broken()).fit(max_steps=2, max_gradients=60_000)
+
+
+def test_weights_mend_a_generator_that_is_wrong():
+    # modes of weights .2 and .8 and a density of known integral; the generator has hardly learned
+    target = GaussianMixture(torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 1.0, torch.tensor([0.2, 0.8]))
+
+    def log_prob(x):
+        return target.log_prob(x) + 1.5
+
+    with _quiet():
+        sampler = DiKLSampler(log_prob, dim=2, rates=FAST, hidden=32, depth=2, seed=1).fit(
+            max_steps=60, max_gradients=60_000
+        )
+    found = sampler.weighted(20_000)
+    assert found.ess > 200
+    assert abs(found.log_normalizer - 1.5) < 4 * found.log_normalizer_se
+    right = (found.positions[:, 0] > 0).double()
+    weight = found.log_weights.softmax(0)
+    share = float(weight @ right)
+    # self-normalised: se^2 = sum w^2 (f - mean)^2
+    se = float((weight.square() * (right - share).square()).sum().sqrt())
+    assert abs(share - float(target.weights[1])) < 4 * se + 0.002
+    assert found.cost.energies == 20_000
+
+
+def test_the_proposal_of_weighted_draws_integrates_to_one():
+    from noisewise.neural.correction import _Mixture
+
+    centre = torch.randn(200, 1, generator=seeded(0), dtype=F64)
+    mixture = _Mixture.around(centre, torch.randn(500, 1, generator=seeded(1), dtype=F64))
+    grid = torch.linspace(-120, 120, 240_001, dtype=F64).unsqueeze(-1)
+    assert float(mixture.log_prob(grid).exp().sum() * 1e-3) == pytest.approx(1, abs=1e-6)
+    x = mixture.sample(100_000, seeded(2))[:, 0]
+    cumulative = mixture.log_prob(grid).exp().cumsum(0) * 1e-3
+    at = torch.searchsorted(grid[:, 0], x).clamp(max=240_000)
+    # uniform under its own distribution function
+    assert float(cumulative[at].mean()) == pytest.approx(0.5, abs=4 * (1 / 12 / 100_000) ** 0.5)

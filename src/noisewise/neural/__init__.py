@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pictures": ["distance_plot", "energy_plot", "sample_plot", "training_plot"],
         "posterior": ["PosteriorDraws", "PosteriorSampler", "fitted_variance"],
         "steps": ["StepSizes"],
+        "training": ["Rates"],
     },
 )

@@ -231,7 +231,7 @@ def _facts(sampler: "DiKLSampler", source: str, options: dict[str, Any]) -> dict
         "dim": sampler.target.dim,
         **options,
         # of which --steps were asked for
-        "steps": int(sampler.history_[-1]["step"]),
+        "steps": sampler.steps_,
         "interrupted": sampler.interrupted_,
         "cost": vars(sampler.cost),
         "warnings": list(sampler.warnings_),

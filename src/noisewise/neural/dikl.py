@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.neural import keeping
+from noisewise.neural.correction import Weighted, weighted_draws
 from noisewise.neural.denoisers import EGNNDenoiser, MLPDenoiser, RawDenoiser
 from noisewise.neural.generators import LATENTS, EGNNGenerator, MLPGenerator, OwnGenerator
 from noisewise.neural.levels import WEIGHTS, Levels
@@ -53,6 +54,7 @@ _LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
 # deviation of a mode from which on the generator adds z: between 0.06 (forty modes, where it hurts) and 0.58 (many wells)
 _WIDE = 0.3
 _SAMPLE_ROWS = 65_536
+_STAGES = ("score of the target", "generator")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class DiKLSampler:
     through, "mixed", "denoising" or "target". `steps`: its `StepSizes`. `rates`: learning rates and batches. `init`: starts of
     the chains, [chain, dim], by default standard normal. `seed`: same seed, same sampler, on the CPU bit for bit.
 
-    After `fit`: `cost` (calls of the target, all of them), `history_`, `warnings_`, `interrupted_`.
+    After `fit`: `cost` (calls of the target, all of them), `steps_` of the generator, `history_`, `warnings_`,
+    `interrupted_`.
     Raises `InvalidInput` for arguments that do not fit; the target itself is checked by `fit`, before any long work.
     """
 
@@ -186,9 +189,11 @@ class DiKLSampler:
         particle, of skipped steps, and of a generator that collapsed.
         """
         bounds = {"max_steps": max_steps, "max_seconds": max_seconds, "max_gradients": max_gradients}
-        for name, value in bounds.items():
-            if value is not None:
-                check_positive(name, value)
+        if max_steps is not None:
+            check_count("max_steps", max_steps)
+        for name in ("max_seconds", "max_gradients"):
+            if bounds[name] is not None:
+                check_positive(name, bounds[name])
         by_chains = self.plan.posterior == "chains"
         if max_steps is None and max_seconds is None and (by_chains or max_gradients is None):
             raise InvalidInput(
@@ -204,10 +209,11 @@ class DiKLSampler:
                 folder.expect(KIND, asked | {"pilot_calls": calls})
             else:
                 folder.begin(KIND, asked | {"pilot_calls": calls})
+        # the chains mind Ctrl-C, and say how far they are, by themselves
+        run = _Fit(self, max_steps, max_seconds, max_gradients, calls, folder, progress)
         with Reporter(progress) as reporter, gentle_interrupt() as stop:
-            run = _Fit(self, max_steps, max_seconds, max_gradients, calls, folder, reporter)
-            run.run(stop)
-        self._take(run.training, run.pilot_cost + run.training.cost, stop.is_set())
+            run.run(stop, reporter)
+        self._take(run, stop.is_set())
         return self
 
     def bare(self) -> Standardised:
@@ -249,10 +255,12 @@ class DiKLSampler:
             )
         return max(round(calls), least)
 
-    def _take(self, training: Training, cost: Cost, interrupted: bool) -> None:
+    def _take(self, run: "_Fit", interrupted: bool) -> None:
+        training = run.training
         self.standard_, self.net_ = training.target, copy.deepcopy(training.generator).eval().requires_grad_(False)
-        self.cost, self.history_, self.interrupted_ = cost, list(training.history), interrupted
-        self.warnings_ = tuple(_faults(training, self._spread()))
+        self.cost, self.history_, self.interrupted_ = training.cost, list(training.history), interrupted
+        self.steps_ = training.step
+        self.warnings_ = (*run.chain_warnings, *_faults(training, self._spread()))
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
 
@@ -298,6 +306,22 @@ class DiKLSampler:
         refined = run.positions[:, -1]
         return standard.to_x(standard.project(refined) if self.particles else refined)
 
+    def weighted(self, n: int = 10_000, centres: int = 4096, seed: int = 0) -> Weighted:
+        """`n` draws near those of the generator with exact importance weights, their effective number, and log Z.
+
+        The draws are of a mixture of Gaussians around `centres` draws of the generator, whose density is known; one value-only
+        call of the target each, added to `cost`. In many dimensions few of them count: look at `ess`. A mode that no centre
+        is near is missing from everything. Raises `InvalidInput` before `fit`, and for particles, whose density has no
+        normaliser in all coordinates.
+        """
+        self.fitted()
+        if self.particles:
+            raise InvalidInput("weighted draws are for targets with a density in all coordinates, not for particles")
+        generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
+        found = weighted_draws(self, check_count("n", n, 2), check_count("centres", centres, 100), generator)
+        self.cost = self.cost + found.cost
+        return found
+
     def fitted(self) -> tuple[Standardised, Any]:
         """The standardised target and the generator on its scale. Raises `InvalidInput` before `fit`."""
         if not hasattr(self, "net_"):
@@ -325,8 +349,8 @@ class DiKLSampler:
             "weight": plan.weight,
             "standardize": plan.standardize,
             "annealed": plan.annealed,
-            "posterior": plan.posterior if plan.posterior == "chains" else repr(plan.posterior),
-            "schedule": None if plan.table is None else list(plan.table.r),
+            "posterior": _described(plan.posterior),
+            "schedule": None if plan.table is None else [[level.a, level.s] for level in plan.table],
             "estimator": self.estimator,
             "seed": self.seed,
         }
@@ -359,6 +383,13 @@ class DiKLSampler:
         return MLPGenerator(self.target.dim, plan.hidden, plan.depth, categories, skip, self.seed)
 
 
+def _described(posterior: Any) -> Any:
+    """The source of the target's score as a JSON value."""
+    if isinstance(posterior, PosteriorSampler):
+        return dict(vars(posterior))
+    return posterior if isinstance(posterior, str) else type(posterior).__name__
+
+
 class _Fit:
     """The stages of a fit: chains or a pilot, the target's score, the generator."""
 
@@ -370,9 +401,9 @@ class _Fit:
         max_gradients: float | int | None,
         pilot_calls: int,
         folder: RunFolder | None,
-        reporter: Reporter,
+        progress: bool,
     ) -> None:
-        self.sampler, self.folder, self.reporter, self.pilot_calls = sampler, folder, reporter, pilot_calls
+        self.sampler, self.folder, self.pilot_calls, self.progress = sampler, folder, pilot_calls, progress
         self.max_steps, self.max_seconds, self.max_gradients = max_steps, max_seconds, max_gradients
         self.by_chains = sampler.plan.posterior == "chains"
         self.begin = self.saved = time.monotonic()
@@ -386,18 +417,20 @@ class _Fit:
             assert folder is not None  # it was restored from
             folder.event("resume", step=self.training.step)
 
-    def run(self, stop: Any) -> None:
+    def run(self, stop: Any, reporter: Reporter) -> None:
         """All that is left to do, until it is done or `stop` is set."""
-        training = self.training
+        training, done, stage = self.training, 0.0, _STAGES[0]
         while self.by_chains and not stop.is_set() and (done := self._target_done()) < 1:
             training.learn_target(done)
-            self._report(stop, "learning the target's score", training.learned, done)
+            self._report(reporter, stage, training.learned, done)
+        if not stop.is_set():
+            stage = _STAGES[1]
         while not stop.is_set() and (done := self._done()) < 1:
             training.advance(done)
-            training.note(done)
-            self._report(stop, "training step", training.step, done)
+            self._report(reporter, stage, training.step, done)
         training.cost = replace(training.cost, seconds=self._seconds())
-        training.note(1.0)
+        if not stop.is_set():
+            training.note(stage, 1.0, always=True)
         self._checkpoint("interrupted" if stop.is_set() else "finished")
 
     # --- how far
@@ -424,7 +457,7 @@ class _Fit:
             share = self._target_share() if self.by_chains else 0.0
             found.append((self._seconds() / self.max_seconds - share) / (1 - share))
         if self.max_gradients is not None and not self.by_chains:
-            found.append((self.training.cost.gradients + self.pilot_cost.gradients) / self.max_gradients)
+            found.append(self.training.cost.gradients / self.max_gradients)
         return max(found)
 
     # --- stages
@@ -440,18 +473,25 @@ class _Fit:
             if sampler.init is None:
                 # few calls are better spent on long chains than on many
                 start = start[: max(self.pilot_calls // (2 * _LEAST), _FEW_CHAINS)]
-            options: dict[str, Any] = {"init": start, "seed": sampler.seed, "progress": False}
+            options: dict[str, Any] = {"init": start, "seed": sampler.seed, "progress": self.progress}
             if self.pilot_calls:
-                run = run_chains(bare, budget=self.pilot_calls, checkpoint=where, **options)
+                run = run_chains(bare, budget=self.pilot_calls - self._kept(), checkpoint=where, **options)
             else:
                 # the checks of a first call, and nothing else
                 run = run_chains(MALA(bare, step_size=1e-12), draws=1, **options)
         self.chain_warnings = tuple(str(one.message) for one in caught if issubclass(one.category, NoisewiseWarning))
+        if run.interrupted:
+            # nothing to give back yet; what the chains did is in their own checkpoint
+            raise KeyboardInterrupt
         self.pilot_cost = replace(run.cost, seconds=0.0)
         # the first third still remembers where it began
         kept = run.positions[:, run.positions.shape[1] // 3 :].reshape(-1, sampler.target.dim)
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(sampler.seed))[:_KEPT]
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(sampler.seed))[: self._kept()]
         return kept[order].to(torch.float32)
+
+    def _kept(self) -> int:
+        """Draws of the chains that are kept, one more call each."""
+        return min(_KEPT, max(self.pilot_calls // 10, 1))
 
     def _training(self, drawn: Tensor) -> Training:
         sampler, plan = self.sampler, self.sampler.plan
@@ -479,13 +519,16 @@ class _Fit:
             table = tuple(plan.table.r)[1:] if plan.published and len(plan.table) > 1 else tuple(plan.table.r)
             levels = Levels(table[0], table[-1], plan.weight, plan.annealed, table, variance)
             steps = StepSizes.published() if plan.published else StepSizes.per_level(table, width, dim)
-        seed = sampler.seed
+        seed, posterior = sampler.seed, plan.posterior
+        if particles and getattr(posterior, "box", None) is not None:
+            # the published box is for targets without symmetry: on a subspace it has no place
+            posterior = replace(posterior, box=None)
         return Training(
             standard, sampler.make_generator(not plan.published and width > _WIDE), self._denoiser(levels, seed + 1),
             self._denoiser(levels, seed + 2) if self.by_chains else None,
             Chains(drawn[fine], score[fine]) if self.by_chains else None,
-            plan.posterior, None if self.by_chains else (sampler.steps or steps), levels, plan.rates, sampler.estimator,
-            variance, torch.Generator().manual_seed(seed), plan.published,
+            posterior, None if self.by_chains else (sampler.steps or steps), levels, plan.rates, sampler.estimator,
+            variance, torch.Generator().manual_seed(seed), plan.published, cost=self.pilot_cost,
         )  # fmt: skip
 
     def _denoiser(self, levels: Levels, seed: int) -> nn.Module:
@@ -498,11 +541,12 @@ class _Fit:
 
     # --- saying and keeping
 
-    def _report(self, stop: Any, what: str, number: int, done: float) -> None:
+    def _report(self, reporter: Reporter, what: str, number: int, done: float) -> None:
         self.training.cost = replace(self.training.cost, seconds=self._seconds())
-        calls = self.training.cost.gradients + self.pilot_cost.gradients
+        self.training.note(what, done)
+        calls = self.training.cost.gradients
         seen = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in self.training._seen.items())
-        self.reporter.show(f"{what} {number},", round(100 * done), 100, f"{calls:.3g} calls, {seen}")
+        reporter.show(f"{what}, step {number}:", round(100 * done), 100, f"{calls:.3g} calls, {seen}")
         if time.monotonic() - self.saved > _CHECKPOINT_SECONDS:
             self._checkpoint(None)
 

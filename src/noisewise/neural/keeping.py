@@ -6,7 +6,10 @@ from typing import Any
 from torch import nn
 
 from noisewise.errors import RunFolderError
+from noisewise.neural.posterior import PosteriorSampler
 from noisewise.neural.standard import Standardised
+from noisewise.neural.training import Rates
+from noisewise.noise import Corruption, NoiseSchedule
 from noisewise.pretrained import read_pretrained, write_pretrained
 from noisewise.typing import Cost
 
@@ -22,6 +25,7 @@ def save(fitted: Any, folder: str | Path) -> Path:
         "skip": getattr(net, "skip", False),
         "cost": vars(fitted.cost),
         "history": fitted.history_,
+        "steps": fitted.steps_,
         "warnings": list(fitted.warnings_),
         "interrupted": fitted.interrupted_,
     }
@@ -39,7 +43,13 @@ def load(cls: Any, folder: str | Path, target: Any, generator: nn.Module | None,
             )
             raise RunFolderError(f"this sampler was saved with {what}")
         own = {"generator": config["generator"] if generator is None else generator, "dim": dim}
-        options = {name: config[name] for name in ("preset", "latent", "categories", "hidden", "depth", "seed")}
+        names = ("preset", "latent", "categories", "hidden", "depth", "weight", "standardize", "estimator", "seed")
+        options = {name: config[name] for name in names}
+        levels, posterior = config["schedule"], config["posterior"]
+        options["schedule"] = None if levels is None else NoiseSchedule([Corruption(a, s) for a, s in levels])
+        options["rates"] = Rates(**config["rates"])
+        # a source of scores of the user's own is only named
+        options["posterior"] = PosteriorSampler(**posterior) if isinstance(posterior, dict) else "chains"
         made = cls(target, **own, **options)
         if made.target.dim != config["dim"]:
             raise RunFolderError(
@@ -50,7 +60,7 @@ def load(cls: Any, folder: str | Path, target: Any, generator: nn.Module | None,
         net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         made.net_ = net.eval().requires_grad_(False)
         made.standard_ = Standardised(made.target, tensors["mean"], tensors["scale"], made.particles)
-        made.cost, made.history_ = Cost(**config["cost"]), config["history"]
+        made.cost, made.history_, made.steps_ = Cost(**config["cost"]), config["history"], config["steps"]
         made.warnings_, made.interrupted_ = tuple(config["warnings"]), config["interrupted"]
     except (KeyError, TypeError, RuntimeError) as error:
         raise RunFolderError(f"{folder} does not fit this version of {_NAME}: {error!r}") from error

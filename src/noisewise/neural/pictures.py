@@ -26,7 +26,7 @@ _BINS = 80
 _MAX_PAIRS = 4
 _MAX_DRAWN = 5_000
 # What a history says of each look beside its curves.
-_PLACES = ("step", "done", "gradients", "seconds", "phase", "learned")
+_PLACES = ("stage", "step", "done", "gradients", "seconds")
 
 
 def sample_plot(

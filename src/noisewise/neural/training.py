@@ -73,7 +73,7 @@ class Training:
     skipped: int = 0
     in_a_row: int = 0
     degenerate: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:
@@ -136,16 +136,20 @@ class Training:
         """`n` draws of the generator on the standardised scale."""
         return self.generator(self.generator.latent(n, self.random if random is None else random))  # type: ignore[operator]
 
-    def look(self, phase: str, done: float) -> dict[str, float | str]:
-        """What to say of the fit now."""
-        return {"phase": phase, "step": self.step, "learned": self.learned, "done": round(done, 4), **self._seen}
-
-    def note(self, done: float) -> None:
-        """Add to the history, at most `_LOOKS` times in a run."""
-        due = math.floor(done * _LOOKS)
-        if not self.history or due > math.floor(self.history[-1]["done"] * _LOOKS):
-            entry = {"step": float(self.step), "done": done, "gradients": float(self.cost.gradients)}
-            self.history.append({**entry, "seconds": self.cost.seconds, **self._seen})
+    def note(self, stage: str, done: float, always: bool = False) -> None:
+        """Add to the history, at most `_LOOKS` times in each stage, or `always`. Steps of both stages are counted on."""
+        last = self.history[-1] if self.history else None
+        known = (
+            last is not None
+            and last["stage"] == stage
+            and math.floor(done * _LOOKS) <= math.floor(last["done"] * _LOOKS)
+        )
+        if known and not always:
+            return
+        entry = {"stage": stage, "step": self.learned + self.step, "done": done, "gradients": self.cost.gradients}
+        # JSON knows no infinities
+        seen = {name: value for name, value in self._seen.items() if math.isfinite(value)}
+        self.history.append({**entry, "seconds": self.cost.seconds, **seen})
 
     def _noisy(self, clean: Tensor, sigma: Tensor) -> Tensor:
         eps = torch.randn(clean.shape, generator=self.random)

@@ -51,7 +51,7 @@ class ExactScore:
         mixture: GaussianMixture = target.target
         y = target.to_x(noisy)
         s = (sigma.unsqueeze(-1) * target.scale).square()
-        width = mixture.covariances[0].diagonal().to(y)
+        width = mixture.full_covariances[0].diagonal().to(y)
         total = (width + s).unsqueeze(1)
         log_weight = mixture.weights.to(y).log() - ((y.unsqueeze(1) - mixture.means).square() / total).sum(-1) / 2
         centre = log_weight.softmax(-1) @ mixture.means.to(y)
