@@ -72,6 +72,7 @@ METHODS = (
         "neural",
         "a log density; a network that samples it in one step",
         "He et al., AISTATS 2025, arXiv 2410.12456",
+        "noisewise.neural.experiments.dikl",
     ),
     Method(
         "mfd",

@@ -17,10 +17,10 @@ from noisewise.targets.particles import double_well_4, lennard_jones
 
 __all__ = ["problems"]
 
-_STEPS = {"quick": 60, "cpu": 2000, "paper": 20_000}
+_STEPS = {"quick": 300, "cpu": 2000, "paper": 20_000}
 # calls of the target that the chains behind a network make
-_CALLS = {"quick": 60_000, "cpu": 1_000_000, "paper": 20_000_000}
-_DRAWS = {"quick": 1000, "cpu": 5000, "paper": 10_000}
+_CALLS = {"quick": 100_000, "cpu": 1_000_000, "paper": 20_000_000}
+_DRAWS = {"quick": 2000, "cpu": 5000, "paper": 10_000}
 _SHOWN = 1500
 _MIXTURE = ("modes covered", "share within 3 sd", "TV of mode weights", "energy W1", "MMD2")
 _WELLS = ("worst well gap", "mean well gap", "well patterns", "energy W1", "MMD2")
