@@ -5,7 +5,6 @@ mixture latent, annealed log-uniform levels, the target's score learned from cha
 """
 
 import copy
-import math
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -239,7 +238,7 @@ class DiKLSampler:
         if not by_chains and not self.plan.standardize:
             return 0
         calls = float(max_gradients or _PILOT_CALLS)
-        if max_seconds is not None and (max_gradients is None or not by_chains):
+        if max_seconds is not None:
             begin = time.perf_counter()
             for _ in range(_TIMED):
                 bare.log_prob_and_score(start)
@@ -260,15 +259,16 @@ class DiKLSampler:
         self.standard_, self.net_ = training.target, copy.deepcopy(training.generator).eval().requires_grad_(False)
         self.cost, self.history_, self.interrupted_ = training.cost, list(training.history), interrupted
         self.steps_ = training.step
-        self.warnings_ = (*run.chain_warnings, *_faults(training, self._spread()))
+        self.warnings_ = (*run.chain_warnings, *_faults(training, self._spread() / run.spread if run.spread else 1.0))
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
 
     def _spread(self) -> float:
-        """Standard deviation of the generator's draws over that of the target's, all coordinates together."""
+        """Standard deviation of the generator's draws on its own scale, all coordinates together."""
         _, net = self.fitted()
         with torch.no_grad():
             u = net(net.latent(2048, torch.Generator().manual_seed(0)))
+        u = self.standard_.project(u) if self.particles else u
         return float(u.var(0).mean().sqrt())
 
     # --- drawing
@@ -299,7 +299,7 @@ class DiKLSampler:
                 draws=1,
                 thin=max(refine_steps - warmup, 1),
                 warmup=warmup,
-                seed=seed,
+                seed=seed + 2_000_003,  # the moves must not see the numbers that made the starts
                 progress=False,
             )
         self.cost = self.cost + run.cost
@@ -376,9 +376,7 @@ class DiKLSampler:
             return OwnGenerator(copy.deepcopy(given), self.target.dim)
         if given == "egnn":
             space = self.target.dim // self.particles
-            return EGNNGenerator(
-                self.particles, space, plan.hidden, plan.depth, 1e-3 if plan.published else 0.1, self.seed
-            )
+            return EGNNGenerator(self.particles, space, plan.hidden, plan.depth, plan.published, self.seed)
         categories = self.categories if plan.latent == "mixture" else 0
         return MLPGenerator(self.target.dim, plan.hidden, plan.depth, categories, skip, self.seed)
 
@@ -406,9 +404,12 @@ class _Fit:
         self.sampler, self.folder, self.pilot_calls, self.progress = sampler, folder, pilot_calls, progress
         self.max_steps, self.max_seconds, self.max_gradients = max_steps, max_seconds, max_gradients
         self.by_chains = sampler.plan.posterior == "chains"
-        self.begin = self.saved = time.monotonic()
+        begin = time.monotonic()
         stored = folder.restore() if folder is not None else None
         drawn = self._pilot()
+        self.begin = self.saved = time.monotonic()
+        # what the chains took longer than they should is not the networks' to pay for alone
+        self.left = None if max_seconds is None else max(max_seconds - (self.begin - begin), max_seconds / 2)
         self.training = self._training(drawn)
         self.spent = 0.0
         if stored is not None:
@@ -429,7 +430,7 @@ class _Fit:
             training.advance(done)
             self._report(reporter, stage, training.step, done)
         training.cost = replace(training.cost, seconds=self._seconds())
-        if not stop.is_set():
+        if not stop.is_set() and not (training.history and training.history[-1]["done"] == 1.0):
             training.note(stage, 1.0, always=True)
         self._checkpoint("interrupted" if stop.is_set() else "finished")
 
@@ -442,20 +443,17 @@ class _Fit:
         found = []
         if self.max_steps is not None:
             found.append(self.training.learned / (_TARGET_STEPS * self.max_steps))
-        if self.max_seconds is not None:
-            found.append(self._seconds() / (self._target_share() * self.max_seconds))
+        if self.left is not None:
+            found.append(self._seconds() / (_TARGET_SHARE * self.left))
         return max(found)
-
-    def _target_share(self) -> float:
-        return _PILOT_SHARE + (1 - _PILOT_SHARE) * _TARGET_SHARE
 
     def _done(self) -> float:
         found = []
         if self.max_steps is not None:
             found.append(self.training.step / self.max_steps)
-        if self.max_seconds is not None:
-            share = self._target_share() if self.by_chains else 0.0
-            found.append((self._seconds() / self.max_seconds - share) / (1 - share))
+        if self.left is not None:
+            share = _TARGET_SHARE if self.by_chains else 0.0
+            found.append((self._seconds() / self.left - share) / (1 - share))
         if self.max_gradients is not None and not self.by_chains:
             found.append(self.training.cost.gradients / self.max_gradients)
         return max(found)
@@ -500,25 +498,30 @@ class _Fit:
         standard = Standardised(sampler.target, zero, one, particles)
         drawn = standard.to_u(drawn)
         if plan.standardize:
-            spread = drawn.std(0) if not particles else drawn.std().expand(dim)
+            scale = drawn.std(0) if not particles else drawn.std().expand(dim)
             centre = zero if particles else drawn.mean(0)
-            standard = Standardised(sampler.target, centre, spread.clamp(min=1e-12), particles)
+            standard = Standardised(sampler.target, centre, scale.clamp(min=1e-12), particles)
             drawn = (drawn - centre) / standard.scale
         value, score = standard.log_prob_and_score(drawn)
-        if self.by_chains:
-            # one more call for each kept draw
-            self.pilot_cost = self.pilot_cost + Cost(gradients=len(drawn))
+        # one more call for each kept draw
+        self.pilot_cost = self.pilot_cost + Cost(gradients=len(drawn))
         fine = torch.isfinite(value) & torch.isfinite(score).all(-1)
-        variance = float(local_scale(score[fine]).square().mean()) if plan.standardize else 1.0
-        width = math.sqrt(variance)
+        known = bool(self.pilot_calls) and bool(fine.any())
+        variance = local_scale(score[fine]).square() if known else one
+        if particles:
+            variance = variance.mean().expand(dim)
+        # of the narrowest coordinate, and of all together; the spread of the modes
+        narrow, width = float(variance.min().sqrt()), float(variance.mean().sqrt())
+        spread = float(drawn.var(0).mean().sqrt()) if known else 1.0
+        self.spread = spread if known else 0.0
         if plan.table is None:
-            levels = Levels(_LOWEST * width, _HIGHEST, plan.weight, plan.annealed, variance=variance)
-            steps = StepSizes.spaced(levels.lo, levels.hi, _BINS, width, dim)
+            levels = Levels(_LOWEST * narrow, _HIGHEST * spread, plan.weight, plan.annealed, variance=narrow**2)
+            steps = StepSizes.spaced(levels.lo, levels.hi, _BINS, narrow, dim)
         else:
             # the paper never uses its cleanest level
             table = tuple(plan.table.r)[1:] if plan.published and len(plan.table) > 1 else tuple(plan.table.r)
-            levels = Levels(table[0], table[-1], plan.weight, plan.annealed, table, variance)
-            steps = StepSizes.published() if plan.published else StepSizes.per_level(table, width, dim)
+            levels = Levels(table[0], table[-1], plan.weight, plan.annealed, table, narrow**2)
+            steps = StepSizes.published() if plan.published else StepSizes.per_level(table, narrow, dim)
         seed, posterior = sampler.seed, plan.posterior
         if particles and getattr(posterior, "box", None) is not None:
             # the published box is for targets without symmetry: on a subspace it has no place
@@ -573,6 +576,10 @@ def _faults(training: Training, spread: float) -> list[str]:
         found.append(
             f"at {training.degenerate:.0%} of the noisy points one draw has nearly all the weight: more particles, method "
             '"annealed" with more stages, or posterior="chains"'
+        )
+    if not training.step:
+        found.append(
+            "no step of the generator was made: the draws are those of an untrained network; raise max_seconds"
         )
     total = training.step * (1 + training.rates.score_steps) + training.learned
     if total and training.skipped > 0.05 * total:

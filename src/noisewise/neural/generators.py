@@ -58,12 +58,17 @@ class MLPGenerator(nn.Module):
 
 
 class EGNNGenerator(nn.Module):
-    """An EGNN of z ~ N(0, I) without centre of mass: what turns or relabels z does so to the sample, which is mean-free."""
+    """An EGNN of z ~ N(0, I) without centre of mass: what turns or relabels z does so to the sample, which is mean-free.
 
-    def __init__(self, particles: int, space: int, hidden: int, layers: int, gain: float, seed: int = 0) -> None:
+    z is added to the displacements; `published`: they alone are the sample, which begins with all particles on one point.
+    """
+
+    def __init__(
+        self, particles: int, space: int, hidden: int, layers: int, published: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.particles, self.space, self.dim = particles, space, particles * space
-        self.net = EGNN(particles, space, hidden, layers, gain=gain, seed=seed)
+        self.particles, self.space, self.dim, self.published = particles, space, particles * space, published
+        self.net = EGNN(particles, space, hidden, layers, gain=1e-3 if published else 0.1, seed=seed)
 
     def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """`n` draws of z."""
@@ -71,8 +76,8 @@ class EGNNGenerator(nn.Module):
         return (z - z.mean(1, keepdim=True)).flatten(1)
 
     def forward(self, latent: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
-        """Positions: z and the displacement of each particle, mean-free."""
-        return latent + self.net(latent)
+        """Positions, mean-free."""
+        return self.net(latent) if self.published else latent + self.net(latent)
 
 
 class OwnGenerator(nn.Module):

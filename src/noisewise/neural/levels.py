@@ -13,7 +13,7 @@ from noisewise.typing import check_positive
 
 __all__ = ["WEIGHTS", "Levels"]
 
-# of the gradient with respect to y = x_t / a, as functions of a and sigma = s / a; x_t itself gives one more factor a
+# of the gradient, as functions of a and sigma = s / a; they are the same in terms of x_t and of y = x_t / a
 WEIGHTS = ("denoised", "uniform", "1/a", "s2/a", "s2/a2")
 # share of a run after which a mode's variance sets in
 _SHARPENED = 0.6

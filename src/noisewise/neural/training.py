@@ -51,8 +51,10 @@ class Training:
     """A fit in progress on the standardised target.
 
     `score`: network for the noisy model; `target_score`: for the noisy target, learned from `chains` in its own steps before
-    the generator's; None where `posterior` estimates it for each batch. `variance`: of a mode, for the mixed identity.
-    `published`: weigh the loss of the score network as the paper does, without preconditioning.
+    the generator's; None where `posterior` estimates it for each batch. `variance`: of a mode in each coordinate, for the mixed
+    identity.
+    `published`: as in the paper, weigh the loss of the score network for one without preconditioning, and leave the learning
+    rates as they are.
     """
 
     target: Standardised
@@ -65,13 +67,13 @@ class Training:
     levels: Levels
     rates: Rates
     estimator: str
-    variance: float
+    variance: Float[Tensor, " dim"]
     random: torch.Generator
     published: bool = False
     learned: int = 0
     step: int = 0
     skipped: int = 0
-    in_a_row: int = 0
+    in_a_row: dict[str, int] = field(default_factory=dict)
     degenerate: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
@@ -106,7 +108,7 @@ class Training:
         square = sigma.square().unsqueeze(-1)
         share = square / (square + self.variance)
         # far from the modes a score is large, and as a single draw of no use
-        bound = _SCORE_BOUND / math.sqrt(self.variance)
+        bound = _SCORE_BOUND * self.variance.rsqrt()
         aim = share * clean + (1 - share) * (noisy + square * score.clamp(-bound, bound))
         self._fit_score("target_score", self.target_score, noisy, sigma, aim)
         self.learned += 1
@@ -128,13 +130,15 @@ class Training:
             gap = (self.score(noisy, sigma) - theirs) / sigma.square().unsqueeze(-1)
             direction = weight.unsqueeze(-1) * torch.where(valid.unsqueeze(-1), gap, 0.0)
         loss = (direction * clean).sum(-1).mean()
-        self._descend("generator", self.generator, loss, _CLIP)
+        # a batch without one usable point has a gradient, and it is zero
+        self._descend("generator", self.generator, loss if bool(valid.any()) else loss * math.nan, _CLIP)
         self.step += 1
         self._seen["direction"] = float(direction.square().sum(-1).mean().sqrt())
 
     def draw(self, n: int, random: torch.Generator | None = None) -> Float[Tensor, "n dim"]:
         """`n` draws of the generator on the standardised scale."""
-        return self.generator(self.generator.latent(n, self.random if random is None else random))  # type: ignore[operator]
+        drawn = self.generator(self.generator.latent(n, self.random if random is None else random))  # type: ignore[operator]
+        return drawn if self.target.project is None else self.target.project(drawn)
 
     def note(self, stage: str, done: float, always: bool = False) -> None:
         """Add to the history, at most `_LOOKS` times in each stage, or `always`. Steps of both stages are counted on."""
@@ -175,7 +179,7 @@ class Training:
         # a running mean over about a hundred steps
         self.degenerate += 0.01 * (self._seen["poor"] - self.degenerate)
         score = (
-            draws.noisy_score(self.estimator, self.variance)
+            draws.noisy_score(self.estimator, float(self.variance.mean()))
             if self.estimator == "mixed"
             else draws.noisy_score(self.estimator)
         )
@@ -196,18 +200,18 @@ class Training:
         norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss.detach())):
             optimizer.step()
-            self.in_a_row = 0
+            self.in_a_row[name] = 0
             return
         self.skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row >= _PATIENCE:
+        self.in_a_row[name] = self.in_a_row.get(name, 0) + 1
+        if self.in_a_row[name] >= _PATIENCE:
             raise NoisewiseError(
                 f"the {name.replace('_', ' ')} network had no finite gradient for {_PATIENCE} steps in a row, up to step "
                 f"{self.step}: lower the learning rates, or look at the target's score far from its modes"
             )
 
     def _rate(self, name: str, rate: float, done: float, least: float) -> None:
-        share = least + (1 - least) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        share = 1.0 if self.published else least + (1 - least) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
         for group in self.optimizers[name].param_groups:
             group["lr"] = rate * share
 

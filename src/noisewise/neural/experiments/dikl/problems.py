@@ -81,7 +81,8 @@ def _problem(
         notes=(
             f"{name}: each network trains for {steps:,} steps of its generator; the bill is that of training, and "
             f"{draws:,} draws then cost one network evaluation each. DiKL learns the target's score from chains of {calls:,} "
-            "calls, which is what the chains beside it may use; their draws are thinned from the last two thirds.",
+            "calls, and in twice as many steps before; the chains beside it may make as many calls, and their draws are thinned "
+            "from the last two thirds. Networks that draw p(x | x_t) for every batch make as many calls as the bill says.",
         ),
     )
 

@@ -20,7 +20,7 @@ from noisewise.typing import Cost
 
 __all__ = ["Drawn", "ExactScore", "chain_systems", "network_systems"]
 
-_CHAINS = 128
+_CHAINS = 256
 # reverse KL: one level of a third of a mode's width in the plane of the forty modes, on the standardised scale
 _ONE_LEVEL = 0.02
 # draws of each point for the posterior of a direct estimate
@@ -84,7 +84,9 @@ def network_systems(target: Any, calls: int, draws: int, exact: bool, generator:
         System("DiKL, Gaussian latent", fit(latent="gaussian")),
         System("DiKL, posterior draws of a shared pool", fit(posterior=pool)),
         System("DiKL, posterior draws by DiGS", fit(posterior=digs)),
-        System("reverse KL", fit(schedule=NoiseSchedule([Corruption(1.0, _ONE_LEVEL)]), posterior=near)),
+        System(
+            "reverse KL", fit(schedule=NoiseSchedule([Corruption(1.0, _ONE_LEVEL)]), posterior=near, weight="uniform")
+        ),
     ]
     if exact:
         systems.insert(1, System("DiKL, exact noisy score", fit(posterior=ExactScore(), estimator="denoising")))
