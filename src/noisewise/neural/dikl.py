@@ -5,6 +5,7 @@ mixture latent, annealed log-uniform levels, the target's score learned from cha
 """
 
 import copy
+import math
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -48,10 +49,11 @@ _PILOT_SHARE, _PILOT_CALLS = 0.1, 1_000_000
 _TIMED, _LEAST, _FEW_CHAINS = 5, 500, 16
 # share of the rest that learns the target's score; in steps, so many for each of the generator's
 _TARGET_SHARE, _TARGET_STEPS = 0.25, 2
-# levels on the standardised scale: from a part of a mode's width to beyond the spread of the modes
+# levels on the standardised scale: from a part of a mode's width (the middle, on the log scale, of its narrowest coordinate
+# and of all: lower levels sharpen narrow coordinates and shift the weights of modes) to beyond the spread of the modes
 _LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
-# deviation of a mode from which on the generator adds z: between 0.06 (forty modes, where it hurts) and 0.58 (many wells)
-_WIDE = 0.3
+# deviation of a mode from which on the generator adds z: between 0.33 (three modes, where it hurts) and 0.7 (many wells)
+_WIDE = 0.5
 _SAMPLE_ROWS = 65_536
 _STAGES = ("score of the target", "generator")
 
@@ -515,7 +517,9 @@ class _Fit:
         spread = float(drawn.var(0).mean().sqrt()) if known else 1.0
         self.spread = spread if known else 0.0
         if plan.table is None:
-            levels = Levels(_LOWEST * narrow, _HIGHEST * spread, plan.weight, plan.annealed, variance=narrow**2)
+            levels = Levels(
+                _LOWEST * math.sqrt(narrow * width), _HIGHEST * spread, plan.weight, plan.annealed, variance=narrow**2
+            )
             steps = StepSizes.spaced(levels.lo, levels.hi, _BINS, narrow, dim)
         else:
             # the paper never uses its cleanest level
