@@ -20,7 +20,9 @@ from noisewise.typing import Cost
 
 __all__ = ["Drawn", "ExactScore", "chain_systems", "network_systems"]
 
-_CHAINS = 256
+# at most so many chains beside the networks, and at least so many calls for each: of 32 to 512 chains the best for parallel
+# tempering, on seeds of its own and 10^5 and 10^6 calls
+_CHAINS, _CALLS_EACH = 256, 2000
 # reverse KL: one level of a third of a mode's width in the plane of the forty modes, on the standardised scale
 _ONE_LEVEL = 0.02
 # draws of each point for the posterior of a direct estimate
@@ -104,7 +106,13 @@ def chain_systems(target: Any, calls: int, draws: int) -> tuple[System, ...]:
             bare = DiKLSampler(target).bare()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", NoisewiseWarning)
-                run = sample(make(bare), chains=_CHAINS, budget=calls, seed=seed, progress=False)
+                run = sample(
+                    make(bare),
+                    chains=min(max(calls // _CALLS_EACH, 16), _CHAINS),
+                    budget=calls,
+                    seed=seed,
+                    progress=False,
+                )
             kept = run.positions[:, run.positions.shape[1] // 3 :].transpose(0, 1).reshape(-1, target.dim)
             picked = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:draws]
             notes = tuple(dict.fromkeys(str(one.message) for one in caught))
