@@ -80,13 +80,15 @@ class Training:
 
     def __post_init__(self) -> None:
         self.optimizers = {
-            "generator": torch.optim.Adam(self.generator.parameters(), lr=self.rates.generator),
-            "score": torch.optim.Adam(self.score.parameters(), lr=self.rates.score),
+            "generator": torch.optim.Adam(self.generator.parameters(), lr=self.rates.generator, fused=True),
+            "score": torch.optim.Adam(self.score.parameters(), lr=self.rates.score, fused=True),
         }
         self.networks = {"generator": self.generator, "score": self.score}
         if self.target_score is not None:
             self.networks["target_score"] = self.target_score
-            self.optimizers["target_score"] = torch.optim.Adam(self.target_score.parameters(), lr=self.rates.score)
+            self.optimizers["target_score"] = torch.optim.Adam(
+                self.target_score.parameters(), lr=self.rates.score, fused=True
+            )
         self._seen: dict[str, float] = {}
 
     # --- steps

@@ -25,6 +25,21 @@ _SHOWN = 1500
 _MIXTURE = ("modes covered", "share within 3 sd", "TV of mode weights", "energy W1", "MMD2")
 _WELLS = ("worst well gap", "mean well gap", "well patterns", "energy W1", "MMD2")
 _CLUSTER = ("distance TVD", "energy TVD", "energy W1", "W2 modulo symmetry")
+_LATENTS = ("DiKL", "DiKL, Gaussian latent", "reverse KL")
+_POOL = "DiKL, posterior draws of a shared pool"
+_ABLATION = (
+    "DiKL",
+    "DiKL, exact noisy score",
+    "DiKL, Gaussian latent",
+    "DiKL, published levels and weight",
+    _POOL,
+    "DiKL, posterior draws by DiGS",
+    "published recipe, small",
+    "reverse KL",
+)
+_REFINED = ("DiKL", "DiKL, then 20 MALA steps", "reverse KL")
+# steps on clusters, whose networks are dearer, as a share
+_CLUSTER_STEPS = 0.4
 _QUICK = ("DiKL", "reverse KL", "parallel tempering")
 
 
@@ -36,38 +51,27 @@ def forty_modes_in(dim: int) -> GaussianMixture:
 
 def problems(scale: str) -> tuple[Problem, ...]:
     """At quick scale the forty modes of the plane alone."""
-    first = _problem("A", "GMM-40", gmm40(), _MIXTURE, "TV of mode weights", scale, exact=True)
+    first = _problem("A", "GMM-40", gmm40(), _MIXTURE, "TV of mode weights", scale, _ABLATION)
     if scale == "quick":
         return (first,)
+    eight = "forty modes in 8 dimensions"
+    clusters = [("DW-4", double_well_4())] + ([("LJ-13", lennard_jones(13))] if scale == "paper" else [])
     return (
         first,
-        _problem("B", "many-well-8", many_well(8), _WELLS, "worst well gap", scale),
-        _problem("C", "forty modes in 8 dimensions", forty_modes_in(8), _MIXTURE, "TV of mode weights", scale),
-        _problem("D", "many-well-32", many_well(32), _WELLS, "worst well gap", scale),
-        _problem("E", "DW-4", double_well_4(), _CLUSTER, "distance TVD", scale, cluster=True),
-        *(
-            [_problem("E", "LJ-13", lennard_jones(13), _CLUSTER, "distance TVD", scale, cluster=True)]
-            if scale == "paper"
-            else []
-        ),
+        _problem("B", "many-well-8", many_well(8), _WELLS, "worst well gap", scale, _LATENTS),
+        _problem("C", eight, forty_modes_in(8), _MIXTURE, "TV of mode weights", scale, (*_LATENTS, _POOL)),
+        _problem("D", "many-well-32", many_well(32), _WELLS, "worst well gap", scale, _LATENTS),
+        *(_problem("E", name, cluster, _CLUSTER, "distance TVD", scale, _REFINED) for name, cluster in clusters),
     )
 
 
 def _problem(
-    protocol: str,
-    name: str,
-    target: Any,
-    metrics: tuple[str, ...],
-    criterion: str,
-    scale: str,
-    exact: bool = False,
-    cluster: bool = False,
-) -> Problem:
-    steps, calls, draws = _STEPS[scale], _CALLS[scale], _DRAWS[scale]
-    systems = (
-        *network_systems(target, calls, draws, exact, "egnn" if cluster else "mlp"),
-        *chain_systems(target, calls, draws),
-    )
+    protocol: str, name: str, target: Any, metrics: tuple[str, ...], criterion: str, scale: str, networks: tuple[str, ...]
+) -> Problem:  # fmt: skip
+    calls, draws = _CALLS[scale], _DRAWS[scale]
+    steps = round(_STEPS[scale] * (_CLUSTER_STEPS if getattr(target, "particles", 0) else 1))
+    known = network_systems(target, calls, draws)
+    systems = (*(known[network] for network in networks), *chain_systems(target, calls, draws))
     if scale == "quick":
         systems = tuple(system for system in systems if system.name in _QUICK)
     return Problem(
