@@ -245,6 +245,29 @@ def test_the_bill_counts_every_call():
     assert sampler.cost.gradients - before == pytest.approx(calls[0], abs=2)
 
 
+def test_a_generator_that_is_not_there_yet_is_named():
+    # modes of width 1 at +-40: ten steps of a network leave the draws between them
+    target = GaussianMixture(torch.tensor([[-40.0], [40.0]]), 1.0)
+    with _quiet():
+        short = DiKLSampler(target, rates=FAST, hidden=16, depth=1).fit(max_steps=3, max_gradients=60_000)
+    said = [text for text in short.warnings_ if "less likely than 99%" in text]
+    assert len(said) == 1
+    x = short.sample(2048)
+    exact = target.log_prob(target.sample(20_000, seeded(0))).quantile(0.01)
+    share = float((target.log_prob(x) < exact).double().mean())
+    assert float(said[0].split("%")[0]) == pytest.approx(100 * share, abs=10)
+    # each look at a draw is a call without gradient
+    assert short.cost.energies == 2048
+
+
+def test_a_score_network_that_diverged_is_named():
+    with _quiet():
+        wild = DiKLSampler(two_modes(), rates=Rates(3e-3, 30.0, 64, 64, 5), hidden=16, depth=1).fit(
+            max_steps=5, max_gradients=60_000
+        )
+    assert any("network ended at" in text for text in wild.warnings_)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_saved_and_loaded_it_draws_the_same(tmp_path, own):
     target = two_modes()

@@ -55,6 +55,8 @@ _LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
 # deviation of a mode from which on the generator adds z: between 0.33 (three modes, where it hurts) and 0.7 (many wells)
 _WIDE = 0.5
 _SAMPLE_ROWS = 65_536
+# draws that are looked at when a fit ends, and the share of the chains' draws that counts as rare
+_LOOKED_AT, _RARE = 2048, 0.01
 _STAGES = ("score of the target", "generator")
 
 
@@ -266,17 +268,26 @@ class DiKLSampler:
         self.standard_, self.net_ = training.target, copy.deepcopy(training.generator).eval().requires_grad_(False)
         self.cost, self.history_, self.interrupted_ = training.cost, list(training.history), interrupted
         self.steps_ = training.step
-        self.warnings_ = (*run.chain_warnings, *_faults(training, self._spread() / run.spread if run.spread else 1.0))
+        spread, rare = self._looked_at(run.rare)
+        self.warnings_ = (*run.chain_warnings, *_faults(training, spread / run.spread if run.spread else 1.0, rare))
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
 
-    def _spread(self) -> float:
-        """Standard deviation of the generator's draws on its own scale, all coordinates together."""
-        _, net = self.fitted()
+    def _looked_at(self, likely: float | None) -> tuple[float, float]:
+        """Of the generator's draws: their standard deviation, all coordinates together, and the share less likely than `likely`.
+
+        The latter needs a call of the target for each, which is billed; 0 where nothing is known.
+        """
+        standard, net = self.fitted()
         with torch.no_grad():
-            u = net(net.latent(2048, torch.Generator().manual_seed(0)))
-        u = self.standard_.project(u) if self.particles else u
-        return float(u.var(0).mean().sqrt())
+            u = net(net.latent(_LOOKED_AT, torch.Generator().manual_seed(0)))
+            u = standard.project(u) if self.particles else u
+            spread = float(u.var(0).mean().sqrt())
+            if likely is None:
+                return spread, 0.0
+            value = standard.log_prob(u)
+        self.cost = self.cost + Cost(energies=len(u))
+        return spread, float((~(value >= likely)).double().mean())
 
     # --- drawing
 
@@ -525,6 +536,7 @@ class _Fit:
         narrow, width = float(variance.min().sqrt()), float(variance.mean().sqrt())
         spread = float(drawn.var(0).mean().sqrt()) if known else 1.0
         self.spread = spread if known else 0.0
+        self.rare = float(value[fine].double().quantile(_RARE)) if known and self.by_chains else None
         if plan.table is None:
             levels = Levels(
                 _LOWEST * math.sqrt(narrow * width), _HIGHEST * spread, plan.weight, plan.annealed, variance=narrow**2
@@ -576,7 +588,8 @@ class _Fit:
             self.folder.event(event, step=self.training.step)
 
 
-def _faults(training: Training, spread: float) -> list[str]:
+def _faults(training: Training, spread: float, rare: float) -> list[str]:
+    """What to warn of. `spread`: of the draws, as a share of the target's; `rare`: share of them that the chains never show."""
     found, seen = [], training._seen
     for name, what in (("langevin_acceptance", "Langevin"), ("anneal_acceptance", "annealing")):
         rate = seen.get(name)
@@ -598,6 +611,19 @@ def _faults(training: Training, spread: float) -> list[str]:
     if total and training.skipped > 0.05 * total:
         found.append(
             f"{training.skipped} of {total} steps were skipped, their gradients not finite: lower the learning rates"
+        )
+    least = 10 * training.target.dim
+    # a network that knows nothing but the mean of its draws has a loss of about the dimension
+    found += [
+        f"the loss of the {name.replace('_', ' ')} network ended at {seen[name]:.3g}, above {least} = 10 dim: it diverged, or "
+        "its draws lie far out; lower rates.score, or look at the target's tails"
+        for name in ("target_score", "score")
+        if seen.get(name, 0.0) > least
+    ]
+    if training.step and rare > 0.3:
+        found.append(
+            f"{rare:.0%} of the draws are less likely than {1 - _RARE:.0%} of the chains' draws: the generator has not come to "
+            "the modes yet; train longer, or mend each draw with sample(n, refine_steps=20)"
         )
     if training.step and spread < 0.1:
         found.append(
