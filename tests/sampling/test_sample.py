@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -451,6 +452,28 @@ def python(*parts, arguments=(), **options):
         text=True,
         **options,
     )
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_killed_between_two_phases_of_warm_up_equals_unharmed(name, tmp_path, monkeypatch, shapes_unchecked):
+    folder, save = tmp_path / "run", loop_module.Run._save
+
+    def go(checkpoint):
+        init = torch.randn((8, 2), dtype=torch.float64, generator=seeded(0))
+        return sample(ALL[name](TARGET), init=init, draws=5, budget=60_000, seed=5, progress=False, checkpoint=checkpoint)
+
+    def saved(self):
+        save(self)
+        if self.steps is None and not self.done:
+            shutil.copytree(folder, tmp_path / f"after-{self.phase}", dirs_exist_ok=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module.Run, "_save", saved)
+        whole = go(folder)
+    phases = sorted(tmp_path.glob("after-*"))
+    assert phases or name == "SMC"
+    for left in phases:
+        assert_identical(go(left), whole)
 
 
 @pytest.mark.slow

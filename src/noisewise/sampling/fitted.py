@@ -303,7 +303,9 @@ class _TuneAndFit:
         allowance = max(self._gradients - self.closing_gradients, 1)
         memory: dict[str, Tensor] = {}
         if self._tuning is not None:
-            tempering, state, memory, steps = self._tuning.begin(kernel, state, generator)
+            # after a crash between two phases the kernel is this phase's, and no longer the scouts'
+            before = kernel.tempering if isinstance(kernel, FittedDiGS) else kernel
+            tempering, state, memory, steps = self._tuning.begin(before, state, generator)
             fitted = replace(self.template(), tempering=tempering)  # type: ignore[type-var]
         else:
             fitted = kernel if isinstance(state, PTState) else self.template()
