@@ -29,8 +29,11 @@ def write_pretrained(folder: str | Path, name: str, config: dict[str, Any], tens
     digest = hashlib.sha256(weights).hexdigest()
     record = {"schema": _SCHEMA, "class": name, "noisewise": __version__, "config": config, "model_sha256": digest}
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write_atomically(path / _MODEL, weights)
-    write_atomically(path / _CONFIG, text)
+    try:
+        write_atomically(path / _MODEL, weights)
+        write_atomically(path / _CONFIG, text)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written to: {error.strerror}; give another folder") from error
     return path
 
 

@@ -240,9 +240,10 @@ def test_the_bill_counts_every_call():
     # the checks of starts, of a first call and the timing of it are not billed
     unbilled = calls[0] - sampler.cost.gradients - sampler.cost.energies
     assert 0 <= unbilled <= 4 * 256 + 20_000
-    before, calls[0] = sampler.cost.gradients, 0
+    before, calls[0] = sampler.cost, 0
     sampler.sample(100, refine_steps=9)
-    assert sampler.cost.gradients - before == pytest.approx(calls[0], abs=2)
+    billed = sampler.cost.gradients - before.gradients + sampler.cost.energies - before.energies
+    assert billed == pytest.approx(calls[0], abs=2)
 
 
 def test_a_generator_that_is_not_there_yet_is_named():
@@ -258,6 +259,71 @@ def test_a_generator_that_is_not_there_yet_is_named():
     assert float(said[0].split("%")[0]) == pytest.approx(100 * share, abs=10)
     # each look at a draw is a call without gradient
     assert short.cost.energies == 2048
+
+
+def exponential(x):
+    """Density exp(-sum x) where all x > 0."""
+    return torch.where((x > 0).all(-1), -x.sum(-1), torch.tensor(-torch.inf))
+
+
+def test_draws_outside_the_support_are_named_and_never_refined_from():
+    with _quiet():
+        sampler = DiKLSampler(
+            exponential, dim=2, rates=FAST, hidden=16, depth=1, init=torch.rand(16, 2, generator=seeded(0)) + 0.5
+        ).fit(max_steps=5, max_gradients=60_000)
+    outside = float((sampler.sample(2048) <= 0).any(-1).double().mean())
+    said = [text for text in sampler.warnings_ if "have density 0" in text]
+    assert float(said[0].split("%")[0]) == pytest.approx(100 * outside, abs=8)
+    assert "logit" in said[0]
+    with pytest.warns(NoisewiseWarning, match="of 200 draws had density 0"):
+        refined = sampler.sample(200, refine_steps=6)
+    assert (refined > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "init", "said"),
+    [
+        # a walk with nothing to hold it; a hill without a top; modes that float32 cannot resolve, unmet and met
+        (lambda x: 0 * x.sum(-1), None, "finite integral"),
+        (lambda x: x.square().sum(-1) / 2, None, "are lost"),
+        (lambda x: -((x - 1e4) / 1e-3).square().sum(-1) / 2, None, "still rose"),
+        (lambda x: -((x - 1e4) / 1e-3).square().sum(-1) / 2, 1e4 + torch.zeros(16, 2), "shift the target to around 0"),
+    ],
+)
+def test_chains_that_find_no_modes_end_the_fit_with_their_reason(log_prob, init, said, shapes_unchecked):
+    with _quiet(), pytest.raises(InvalidInput, match=said):
+        DiKLSampler(log_prob, dim=2, rates=FAST, hidden=16, depth=1, init=init).fit(max_steps=2, max_gradients=60_000)
+
+
+def test_a_constant_too_large_for_float32_is_named(shapes_unchecked):
+    target = two_modes()
+    with _quiet():
+        sampler = DiKLSampler(lambda x: target.log_prob(x) + 1e8, dim=1, rates=FAST, hidden=16, depth=1).fit(
+            max_steps=2, max_gradients=60_000
+        )
+    assert any("1e+08" in text and "subtract a constant" in text for text in sampler.warnings_)
+
+
+def test_weighted_draws_of_next_to_no_worth_are_named():
+    # modes of width 0.01: hardly any Gaussian around a draw of an untrained network touches one
+    target = GaussianMixture(torch.tensor([[-4.0] * 6, [4.0] * 6]), 1e-4)
+    with _quiet():
+        sampler = DiKLSampler(target, rates=FAST, hidden=16, depth=1).fit(max_steps=2, max_gradients=60_000)
+    with pytest.warns(NoisewiseWarning, match="weighted draws are worth"):
+        found = sampler.weighted(2000)
+    assert found.ess < 50
+
+
+def test_what_the_chains_found_is_kept_with_the_sampler(tmp_path):
+    target = two_modes()
+    with _quiet():
+        sampler = tiny().fit(max_steps=5, max_gradients=60_000)
+    draws = sampler.chain_draws_
+    assert 1000 < len(draws) <= 5000
+    # both modes hold half
+    assert float((draws > 0).double().mean()) == pytest.approx(0.5, abs=0.1)
+    sampler.save_pretrained(tmp_path)
+    assert torch.equal(DiKLSampler.from_pretrained(tmp_path, target).chain_draws_, draws)
 
 
 def test_a_score_network_that_diverged_is_named():
@@ -359,11 +425,17 @@ def test_a_target_that_cannot_work_is_named_before_any_work(log_prob, said, shap
         ({"posterior": "ais"}, "'ais'"),
         ({"categories": 1}, "categories"),
         ({"weight": "a"}, "weight must be one of"),
+        ({"hidden": 0}, "hidden"),
+        ({"standardize": "no"}, "standardize must be a bool, got 'no'"),
+        ({"rates": 3}, "rates must be a Rates, got 3"),
+        ({"schedule": [0.1]}, "schedule must be a NoiseSchedule"),
+        ({"init": torch.zeros(3)}, r"init must have shape \[chain, 1\], got \(3,\)"),
+        ({"generator": nn.Linear(5, 1)}, r"z of shape \[2, 1\]"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(options, said):
+def test_settings_that_cannot_work_are_refused(options, said, shapes_unchecked):
     with pytest.raises(InvalidInput, match=said):
-        DiKLSampler(two_modes(), **options)
+        DiKLSampler(two_modes(), **options).make_generator(False)
 
 
 def test_what_fit_and_sample_need_is_said(shapes_unchecked):

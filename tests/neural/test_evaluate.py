@@ -153,6 +153,16 @@ def test_a_bare_density_needs_a_reference():
     assert results["energy gap"].value < 4 * results["energy gap"].se
 
 
+def test_arrays_and_plain_functions_are_taken_as_they_are(shapes_unchecked):
+    target, x = gmm40(), gmm40().sample(200, seeded())
+    exact = target.sample(200, seeded(1))
+    wanted = evaluate(x, target, reference=exact, metrics=["MMD2"])["MMD2"]
+    found = evaluate(x.numpy(), target.log_prob, reference=exact.numpy(), metrics=["MMD2"])["MMD2"]
+    assert found == wanted
+    with pytest.raises(InvalidInput, match=r"the string 'MMD2': give \['MMD2'\]"):
+        evaluate(x, target, metrics="MMD2")
+
+
 def test_bad_input_is_quoted():
     target, x = gmm40(), gmm40().sample(20, seeded())
     with pytest.raises(

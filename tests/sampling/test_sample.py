@@ -460,7 +460,9 @@ def test_killed_between_two_phases_of_warm_up_equals_unharmed(name, tmp_path, mo
 
     def go(checkpoint):
         init = torch.randn((8, 2), dtype=torch.float64, generator=seeded(0))
-        return sample(ALL[name](TARGET), init=init, draws=5, budget=60_000, seed=5, progress=False, checkpoint=checkpoint)
+        return sample(
+            ALL[name](TARGET), init=init, draws=5, budget=60_000, seed=5, progress=False, checkpoint=checkpoint
+        )
 
     def saved(self):
         save(self)

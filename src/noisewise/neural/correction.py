@@ -53,7 +53,8 @@ def weighted_draws(sampler: Any, n: int, centres: int, generator: torch.Generato
     log_mean = float(log_weights.logsumexp(0)) - math.log(n) + float(standard.scale.double().log().sum())
     share = float(effective_share(log_weights)) if bool(usable.any()) else 0.0
     # delta method: the relative variance of the mean weight is (1 / share - 1) / n
-    se = math.sqrt(max(1 / share - 1, 0.0) / n) if share else math.inf
+    # a single draw of all the weight has no spread to tell an error from
+    se = math.sqrt(max(1 / share - 1, 0.0) / n) if share * n > 2 else math.inf
     bad = int((~usable & (log_p != -torch.inf)).sum())
     return Weighted(standard.to_x(u.float()), log_weights, share * n, log_mean, se, Cost(energies=n, nonfinite=bad))
 

@@ -10,7 +10,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,8 @@ _CHAINS, _KEPT, _SHORT = 256, 20_000, 50_000
 _PILOT_SHARE, _PILOT_CALLS = 0.1, 1_000_000
 # evaluations of all starts that time the target, and the least iterations of the chains
 _TIMED, _LEAST, _FEW_CHAINS = 5, 500, 16
+# what chains do around a call takes some times as long as a cheap one
+_AROUND_A_CALL = 5
 # share of the rest that learns the target's score; in steps, so many for each of the generator's
 _TARGET_SHARE, _TARGET_STEPS = 0.25, 2
 # levels on the standardised scale: from a part of a mode's width (the middle, on the log scale, of its narrowest coordinate
@@ -57,6 +59,13 @@ _WIDE = 0.5
 _SAMPLE_ROWS = 65_536
 # draws that are looked at when a fit ends, and the share of the chains' draws that counts as rare
 _LOOKED_AT, _RARE = 2048, 0.01
+# draws of the chains that are kept with the sampler, and the least worth of weighted draws
+_SHOWN, _FEW_EFFECTIVE = 5000, 50
+# how much further draws of the chains may lie out in their last third than in the one before: chains that run away, as random
+# walks do, are at 1.29
+_AWAY = 1.2
+# part of a mode's width that float32 may round away, and of a log density's unit
+_ROUNDED = 0.05
 _STAGES = ("score of the target", "generator")
 
 
@@ -89,11 +98,20 @@ PRESETS = {
 _CLUSTER: dict[str, Any] = {"hidden": 64, "depth": 3, "rates": Rates(3e-3, 2e-3, 256, 256, 4), "weight": "uniform"}
 
 
+class _Look(NamedTuple):
+    """Of a generator's draws: standard deviation over all coordinates, and the shares that are rare and impossible."""
+
+    spread: float
+    rare: float
+    outside: float
+
+
 class DiKLSampler:
     """A network that samples `target` in one evaluation, trained on the density alone.
 
     `target`: what `as_target` takes; `dim` for a callable. `generator`: "mlp", "egnn" (targets with `particles`), or your own
-    module [n, latent_dim] -> [n, dim]. It and all that follows live on a standardised scale, which a short run of chains
+    module [n, latent] -> [n, dim], where z ~ N(0, I) has as many coordinates as the target, or as its attribute `latent_dim`
+    says. It and all that follows live on a standardised scale, which a short run of chains
     finds (`standardize=False`: the target's own).
 
     `preset`: "cpu", our recipe, or "paper", the published settings for 40 Gaussians (minutes to days on a CPU: thousands of
@@ -107,8 +125,9 @@ class DiKLSampler:
     through, "mixed", "denoising" or "target". `steps`: its `StepSizes`. `rates`: learning rates and batches. `init`: starts of
     the chains, [chain, dim], by default standard normal. `seed`: same seed, same sampler, on the CPU bit for bit.
 
-    After `fit`: `cost` (calls of the target, all of them), `steps_` of the generator, `history_`, `warnings_`,
-    `interrupted_`.
+    After `fit`: `cost` (calls of the target, all of them, and wall seconds), `steps_` of the generator, `history_`,
+    `warnings_`, `interrupted_`, and `chain_draws_` ([row, dim], up to 5,000; None without chains), what the network had to
+    learn from: a reference for `evaluate` that is as good as those chains.
     Raises `InvalidInput` for arguments that do not fit; the target itself is checked by `fit`, before any long work.
     """
 
@@ -154,6 +173,16 @@ class DiKLSampler:
             raise InvalidInput(f'posterior must be "chains" or a PosteriorSampler, got {self.plan.posterior!r}')
         if self.plan.published and self.plan.table is None:
             raise InvalidInput('preset="paper" needs a schedule of discrete levels')
+        for name, value, wanted in (
+            ("schedule", schedule, NoiseSchedule), ("steps", steps, StepSizes), ("rates", rates, Rates),
+            ("standardize", standardize, bool), ("init", init, Tensor),
+        ):  # fmt: skip
+            if value is not None and not isinstance(value, wanted):
+                raise InvalidInput(f"{name} must be a {wanted.__name__}, got {value!r}")
+        if init is not None and (init.ndim != 2 or init.shape[1] != self.target.dim):
+            raise InvalidInput(f"init must have shape [chain, {self.target.dim}], got {tuple(init.shape)}")
+        check_count("hidden", self.plan.hidden)
+        check_count("depth", self.plan.depth)
         self.categories = check_count("categories", categories, 2)
         self.estimator, self.steps, self.init, self.seed = estimator, steps, init, check_count("seed", seed, 0)
         self.particles = self._particles(generator)
@@ -251,8 +280,7 @@ class DiKLSampler:
             begin = time.perf_counter()
             for _ in range(_TIMED):
                 bare.log_prob_and_score(start)
-            # chains do some work of their own around a call
-            rate = _TIMED * len(start) / (2 * (time.perf_counter() - begin) + 1e-9)
+            rate = _TIMED * len(start) / (_AROUND_A_CALL * (time.perf_counter() - begin) + 1e-9)
             calls = min(calls, _PILOT_SHARE * max_seconds * rate)
         if not by_chains:
             calls = min(calls / 10, _SHORT)
@@ -268,26 +296,25 @@ class DiKLSampler:
         self.standard_, self.net_ = training.target, copy.deepcopy(training.generator).eval().requires_grad_(False)
         self.cost, self.history_, self.interrupted_ = training.cost, list(training.history), interrupted
         self.steps_ = training.step
-        spread, rare = self._looked_at(run.rare)
-        self.warnings_ = (*run.chain_warnings, *_faults(training, spread / run.spread if run.spread else 1.0, rare))
+        self.chain_draws_ = run.chain_draws
+        look = self._looked_at(run.rare)
+        self.warnings_ = (*run.warnings, *_faults(training, look, run.spread))
         for text in self.warnings_:
             warnings.warn(text, NoisewiseWarning, stacklevel=3)
 
-    def _looked_at(self, likely: float | None) -> tuple[float, float]:
-        """Of the generator's draws: their standard deviation, all coordinates together, and the share less likely than `likely`.
-
-        The latter needs a call of the target for each, which is billed; 0 where nothing is known.
-        """
+    def _looked_at(self, likely: float | None) -> "_Look":
+        """At some of the generator's draws; each takes a call of the target, which is billed. `likely`: log density."""
         standard, net = self.fitted()
         with torch.no_grad():
             u = net(net.latent(_LOOKED_AT, torch.Generator().manual_seed(0)))
             u = standard.project(u) if self.particles else u
-            spread = float(u.var(0).mean().sqrt())
-            if likely is None:
-                return spread, 0.0
             value = standard.log_prob(u)
         self.cost = self.cost + Cost(energies=len(u))
-        return spread, float((~(value >= likely)).double().mean())
+        return _Look(
+            float(u.var(0).mean().sqrt()),
+            0.0 if likely is None else float((~(value >= likely)).double().mean()),
+            float((value == -torch.inf).double().mean()),
+        )
 
     # --- drawing
 
@@ -307,6 +334,7 @@ class DiKLSampler:
             u = standard.project(u)
         if not refine_steps:
             return standard.to_x(u)
+        u = self._possible(u, generator)
         warmup = max(refine_steps // 3, 1)
         with warnings.catch_warnings():
             # one draw for each chain has no diagnostics to speak of
@@ -324,6 +352,24 @@ class DiKLSampler:
         refined = run.positions[:, -1]
         return standard.to_x(standard.project(refined) if self.particles else refined)
 
+    def _possible(self, u: Tensor, generator: torch.Generator) -> Tensor:
+        """Starts of moves: a draw where the target has no density gives its place to another, picked at random."""
+        fine = torch.isfinite(self.standard_.log_prob(u))
+        self.cost = self.cost + Cost(energies=len(u))
+        if not bool(fine.any()):
+            raise InvalidInput(
+                f"none of {len(u)} draws has a finite log_prob: there is nothing to refine; train longer"
+            )
+        if bool(fine.all()):
+            return u
+        warnings.warn(
+            f"{int((~fine).sum())} of {len(u)} draws had density 0 and were replaced by others before they were refined",
+            NoisewiseWarning,
+            stacklevel=3,
+        )
+        other = fine.nonzero().squeeze(-1)[torch.randint(int(fine.sum()), (len(u),), generator=generator)]
+        return torch.where(fine.unsqueeze(-1), u, u[other])
+
     def weighted(self, n: int = 10_000, centres: int = 4096, seed: int = 0) -> Weighted:
         """`n` draws near those of the generator with exact importance weights, their effective number, and log Z.
 
@@ -338,6 +384,13 @@ class DiKLSampler:
         generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
         found = weighted_draws(self, check_count("n", n, 2), check_count("centres", centres, 100), generator)
         self.cost = self.cost + found.cost
+        if found.ess < max(_FEW_EFFECTIVE, 0.01 * n):
+            warnings.warn(
+                f"the {n:,} weighted draws are worth {found.ess:.0f}: neither their means nor log Z can be trusted, whatever "
+                "the error of the latter says; train longer, or take chains",
+                NoisewiseWarning,
+                stacklevel=2,
+            )
         return found
 
     def fitted(self) -> tuple[Standardised, Any]:
@@ -499,11 +552,16 @@ class _Fit:
             else:
                 # the checks of a first call, and nothing else
                 run = run_chains(MALA(bare, step_size=1e-12), draws=1, **options)
-        self.chain_warnings = tuple(str(one.message) for one in caught if issubclass(one.category, NoisewiseWarning))
+        self.warnings = [
+            f"the chains of training: {one.message}" for one in caught if issubclass(one.category, NoisewiseWarning)
+        ]
         if run.interrupted:
             # nothing to give back yet; what the chains did is in their own checkpoint
             raise KeyboardInterrupt
         self.pilot_cost = run.cost
+        self.unsettled = _unsettled(run.positions, run.stats["log_prob"]) if self.pilot_calls else ""
+        if self.unsettled:
+            self.warnings.append(self.unsettled)
         # the first third still remembers where it began
         kept = run.positions[:, run.positions.shape[1] // 3 :].reshape(-1, sampler.target.dim)
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(sampler.seed))[: self._kept()]
@@ -528,6 +586,7 @@ class _Fit:
         # one more call for each kept draw
         self.pilot_cost = self.pilot_cost + Cost(gradients=len(drawn))
         fine = torch.isfinite(value) & torch.isfinite(score).all(-1)
+        self.chain_draws = standard.to_x(drawn[fine][:_SHOWN]) if self.by_chains else None
         known = bool(self.pilot_calls) and bool(fine.any())
         variance = local_scale(score[fine]).square() if known else one
         if particles:
@@ -535,8 +594,15 @@ class _Fit:
         # of the narrowest coordinate, and of all together; the spread of the modes
         narrow, width = float(variance.min().sqrt()), float(variance.mean().sqrt())
         spread = float(drawn.var(0).mean().sqrt()) if known else 1.0
+        if known:
+            self.warnings += self._rounded(standard, value[fine], variance.sqrt())
         self.spread = spread if known else 0.0
         self.rare = float(value[fine].double().quantile(_RARE)) if known and self.by_chains else None
+        if known and plan.table is None and _LOWEST * math.sqrt(narrow * width) >= _HIGHEST * spread:
+            raise InvalidInput(
+                f"log_prob is all but flat where the chains went (its modes would be {width / spread:.3g} times as wide as the "
+                "draws spread): it does not seem to have a finite integral, or they need init= near its modes"
+            )
         if plan.table is None:
             levels = Levels(
                 _LOWEST * math.sqrt(narrow * width), _HIGHEST * spread, plan.weight, plan.annealed, variance=narrow**2
@@ -558,6 +624,27 @@ class _Fit:
             posterior, None if self.by_chains else (sampler.steps or steps), levels, plan.rates, sampler.estimator,
             variance, torch.Generator().manual_seed(seed), plan.published, cost=self.pilot_cost,
         )  # fmt: skip
+
+    def _rounded(self, standard: Standardised, value: Tensor, width: Tensor) -> list[str]:
+        """What float32 loses; raises `InvalidInput` where it cannot tell the points of a mode apart."""
+        eps = torch.finfo(torch.float32).eps
+        lost = eps * standard.mean.abs() / (width * standard.scale)
+        if float(lost.max()) > _ROUNDED:
+            at = int(lost.argmax())
+            narrow, place = float((width * standard.scale)[at]), float(standard.mean[at])
+            if self.unsettled:
+                raise InvalidInput(f"the chains are lost around {place:.3g} in coordinate {at}: {self.unsettled}")
+            raise InvalidInput(
+                f"coordinate {at} has modes {narrow:.3g} wide around {place:.3g}, too far out for float32, which rounds away "
+                f"{float(lost[at]):.0%} of a width: shift the target to around 0"
+            )
+        size = float(value.abs().median())
+        if eps * size <= _ROUNDED:
+            return []
+        return [
+            f"log_prob has values of about {size:.3g}, which float32 knows to {eps * size:.2g}: subtract a constant, or moves "
+            "are accepted and draws weighed by rounding errors"
+        ]
 
     def _denoiser(self, levels: Levels, seed: int) -> nn.Module:
         plan, dim, particles = self.sampler.plan, self.sampler.target.dim, self.sampler.particles
@@ -588,8 +675,31 @@ class _Fit:
             self.folder.event(event, step=self.training.step)
 
 
-def _faults(training: Training, spread: float, rare: float) -> list[str]:
-    """What to warn of. `spread`: of the draws, as a share of the target's; `rare`: share of them that the chains never show."""
+def _unsettled(positions: Tensor, log_prob: Tensor) -> str:
+    """Signs that chains [chain, draw, dim] have not come to rest, in the words of a fit. `log_prob`: [draw, chain]."""
+    draws = positions.shape[1]
+    if draws < 9:
+        return ""
+    middle, last = slice(draws // 3, 2 * draws // 3), slice(2 * draws // 3, draws)
+    climbed = float(log_prob[last].median() - log_prob[middle].median())
+    if climbed > positions.shape[2]:
+        return (
+            f"log_prob still rose by {climbed:.3g} along the chains: they have not reached the modes (give init= near them, or a "
+            "larger max_gradients), or there are none"
+        )
+    far = [(part - part.flatten(0, 1).median(0).values).abs().flatten(0, 1).median(0).values
+           for part in (positions[:, middle], positions[:, last])]  # fmt: skip
+    grown = float((far[1] / far[0].clamp(min=1e-30)).max())
+    if grown > _AWAY:
+        return (
+            f"the chains still spread, by {grown - 1:.0%} from one third of their draws to the next: log_prob may have no finite "
+            "integral, or they need a larger max_gradients"
+        )
+    return ""
+
+
+def _faults(training: Training, look: _Look, spread: float) -> list[str]:
+    """What to warn of. `spread`: of the chains' draws, 0 where it is not known."""
     found, seen = [], training._seen
     for name, what in (("langevin_acceptance", "Langevin"), ("anneal_acceptance", "annealing")):
         rate = seen.get(name)
@@ -620,14 +730,19 @@ def _faults(training: Training, spread: float, rare: float) -> list[str]:
         for name in ("target_score", "score")
         if seen.get(name, 0.0) > least
     ]
-    if training.step and rare > 0.3:
+    if training.step and look.outside > 0.005:
         found.append(
-            f"{rare:.0%} of the draws are less likely than {1 - _RARE:.0%} of the chains' draws: the generator has not come to "
-            "the modes yet; train longer, or mend each draw with sample(n, refine_steps=20)"
+            f"{look.outside:.1%} of the draws have density 0: a network cannot stop at an edge, and the scores that it learns "
+            "from belong to densities that fall to 0 smoothly; transform what is bounded (log for x > 0, logit for an interval)"
         )
-    if training.step and spread < 0.1:
+    elif training.step and look.rare > 0.3:
         found.append(
-            f"the draws spread {spread:.2g} times as far as the target's: the generator collapsed; train longer or from "
-            "higher noise levels"
+            f"{look.rare:.0%} of the draws are less likely than {1 - _RARE:.0%} of the chains' draws: the generator has not come "
+            "to the modes yet; train longer, or mend each draw with sample(n, refine_steps=20)"
+        )
+    if training.step and look.spread < 0.1 * spread:
+        found.append(
+            f"the draws spread {look.spread / spread:.2g} times as far as the target's: the generator collapsed; train longer "
+            "or from higher noise levels"
         )
     return found

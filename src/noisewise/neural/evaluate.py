@@ -85,17 +85,18 @@ class _Known(NamedTuple):
 
 
 def evaluate(
-    samples: Float[Tensor, "n dim"],
+    samples: Any,
     target: Any,
-    reference: Float[Tensor, "m dim"] | None = None,
+    reference: Any = None,
     metrics: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Measurement]:
     """Measure samples of `target` by all that fits it, or by the `metrics` named; each with its floor and its n.
 
-    `reference`: trusted draws; None takes those of `target.sample` (exact) or else of `target.reference`. Every comparison is
-    made at equal size, at most 5 000 rows (2 000 for W2), and half as many as a finite reference has: the floor is the
-    mean over three random splits into two disjoint samples of that size, or exact draws against exact draws.
+    `samples`: [n, dim], a tensor or an array; `reference`: trusted draws [m, dim]; None takes those of `target.sample` (exact)
+    or else of `target.reference`. Every comparison is made at equal size, at most 5 000 rows (2 000 for W2), and half as many
+    as a finite reference has: the floor is the mean over three random splits into two disjoint samples of that size, or exact
+    draws against exact draws.
 
     - any target: `energy gap` (of the means), `energy W1`, `energy 1 % gap`, `energy 50 % gap`, `energy 99 % gap` (of
       quantiles), `W2`, `MMD2`. A single draw of huge energy decides the first two: the quantiles are the sounder figures.
@@ -112,8 +113,12 @@ def evaluate(
     where W2 lacks POT.
     Source: W2 and the TVDs at 2 000 draws: He et al., AISTATS 2025 (arXiv 2410.12456).
     """
-    target = as_target(target)
+    samples = torch.as_tensor(samples)
+    # a plain function has the dim of its samples
+    target = as_target(target, None if hasattr(target, "log_prob") or samples.ndim != 2 else samples.shape[1])
     menu = _menu(target)
+    if isinstance(metrics, str):
+        raise InvalidInput(f"metrics must be a list of names, got the string {metrics!r}: give [{metrics!r}]")
     names = list(menu) if metrics is None else list(metrics)
     if unknown := [name for name in names if name not in menu]:
         raise InvalidInput(f"no metric {unknown[0]!r} for {type(target).__name__}; there are: {', '.join(menu)}")
@@ -185,7 +190,8 @@ def _trusted(target: Any, samples: Tensor, reference: Tensor | None, generator: 
         if not hasattr(target, "reference"):
             raise InvalidInput(
                 f"{type(target).__name__} has neither exact draws (sample) nor trusted ones (reference): give "
-                "reference=[m, dim], for example the draws of a long run of ParallelTempering"
+                "reference=[m, dim], for example the draws of a long run of ParallelTempering, or a fitted sampler's "
+                "chain_draws_, which tell how well it learned them"
             )
         reference = target.reference(2 * min(len(samples), _COMPARED))
     reference = _prepared("reference", torch.as_tensor(reference).to(samples), target, generator)

@@ -90,7 +90,13 @@ class OwnGenerator(nn.Module):
         super().__init__()
         self.net, self.dim = net, dim
         self.latent_dim = check_count("latent_dim", getattr(net, "latent_dim", dim))
-        found: Any = net(torch.zeros(2, self.latent_dim))
+        try:
+            found: Any = net(torch.zeros(2, self.latent_dim))
+        except RuntimeError as error:
+            raise InvalidInput(
+                f"the generator failed on z of shape [2, {self.latent_dim}]: {error}; z has as many coordinates as the target, "
+                "or as the module's attribute latent_dim says"
+            ) from error
         if not isinstance(found, Tensor) or found.shape != (2, dim):
             shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InvalidInput(f"the generator must map [n, {self.latent_dim}] to [n, {dim}], got {shown} for n = 2")

@@ -30,6 +30,8 @@ def save(fitted: Any, folder: str | Path) -> Path:
         "interrupted": fitted.interrupted_,
     }
     tensors = {f"generator.{name}": value for name, value in net.state_dict().items()}
+    if fitted.chain_draws_ is not None:
+        tensors["chain_draws"] = fitted.chain_draws_
     return write_pretrained(folder, _NAME, config, tensors | {"mean": standard.mean, "scale": standard.scale})
 
 
@@ -61,7 +63,11 @@ def load(cls: Any, folder: str | Path, target: Any, generator: nn.Module | None,
         made.net_ = net.eval().requires_grad_(False)
         made.standard_ = Standardised(made.target, tensors["mean"], tensors["scale"], made.particles)
         made.cost, made.history_, made.steps_ = Cost(**config["cost"]), config["history"], config["steps"]
+        made.chain_draws_ = tensors.get("chain_draws")
         made.warnings_, made.interrupted_ = tuple(config["warnings"]), config["interrupted"]
     except (KeyError, TypeError, RuntimeError) as error:
-        raise RunFolderError(f"{folder} does not fit this version of {_NAME}: {error!r}") from error
+        which = (
+            f"this version of {_NAME}" if generator is None else f"the {type(generator).__name__} given as generator="
+        )
+        raise RunFolderError(f"{folder} does not fit {which}: {error!r}") from error
     return made
