@@ -14,7 +14,7 @@ from noisewise.neural import DiKLSampler, PosteriorSampler
 from noisewise.neural.levels import Levels
 from noisewise.neural.training import Rates
 from noisewise.noise import NoiseSchedule
-from noisewise.targets import GaussianMixture, double_well_4, many_well
+from noisewise.targets import GaussianMixture, double_well_4, lennard_jones, many_well
 
 F64 = torch.float64
 FAST = Rates(3e-3, 2e-3, 128, 128, 2)
@@ -384,6 +384,23 @@ def test_a_cluster_of_particles_is_drawn_without_its_centre_of_mass():
     assert float(refined.unflatten(-1, (4, 2)).mean(1).abs().max()) < 1e-5
     # the moves are those of the density: energies fall to where it lies
     assert float(-target.log_prob(refined).mean()) < float(-target.log_prob(x).mean())
+
+
+@pytest.mark.slow
+def test_thirteen_lennard_jones_atoms_at_a_small_scale():
+    # far too short to be right, and it must say so; what is kept at any scale: finite draws without centre of mass, and moves
+    # that go down in energy
+    target = lennard_jones(13)
+    with _quiet():
+        sampler = DiKLSampler(target, "egnn", hidden=16, depth=2, rates=FAST).fit(max_steps=10, max_gradients=60_000)
+    assert any("chains" in text for text in sampler.warnings_)
+    x, refined = sampler.sample(100), sampler.sample(100, refine_steps=60)
+    for draws in (x, refined):
+        assert torch.isfinite(target.log_prob(draws)).all()
+        assert float(draws.unflatten(-1, (13, 3)).mean(1).abs().max()) < 1e-5
+    assert float(target.log_prob(refined).median()) > float(target.log_prob(x).median())
+    # far below 13 atoms at random, whose energies overlap
+    assert float(-target.log_prob(sampler.chain_draws_).median()) < 50
 
 
 def nan_outside(x):
