@@ -54,7 +54,8 @@ _TARGET_SHARE, _TARGET_STEPS = 0.25, 2
 # levels on the standardised scale: from a part of a mode's width (the middle, on the log scale, of its narrowest coordinate
 # and of all: lower levels sharpen narrow coordinates and shift the weights of modes) to beyond the spread of the modes
 _LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
-# deviation of a mode from which on the generator adds z: between 0.33 (three modes, where it hurts) and 0.7 (many wells)
+# deviation of a mode from which on the generator adds z, and has no categories of its own accord: between 0.33 (three modes,
+# where both hurt) and 0.7 (many wells, whose patterns outnumber the categories)
 _WIDE = 0.5
 _SAMPLE_ROWS = 65_536
 # draws that are looked at when a fit ends, and the share of the chains' draws that counts as rare
@@ -86,7 +87,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("mixture", 128, 4, Rates(3e-3, 2e-3, 256, 512, 5), "denoised", True, 0.5, "chains", None, False),
+    "cpu": Preset("auto", 128, 4, Rates(3e-3, 2e-3, 256, 512, 5), "denoised", True, 0.5, "chains", None, False),
     "paper": Preset(
         "gaussian", 400, 4, Rates(1e-3, 1e-4, 1024, 1024, 50), "1/a", False, 0.0,
         PosteriorSampler("annealed", particles=10, anneal_steps=15, resample=True, langevin_steps=5, box=1000.0),
@@ -116,8 +117,8 @@ class DiKLSampler:
 
     `preset`: "cpu", our recipe, or "paper", the published settings for 40 Gaussians (minutes to days on a CPU: thousands of
     steps of seconds each; one step size for all levels; raw coordinates, so that a target of large scale learns slowly).
-    Each of the following replaces the preset's own. `latent`: "gaussian", or "mixture", a Gaussian beside `categories` of
-    equal mass. `hidden`, `depth` of the networks. `schedule`: a `NoiseSchedule` in place of continuous levels, in units
+    Each of the following replaces the preset's own. `latent`: "gaussian"; "mixture", a Gaussian beside `categories` of equal
+    mass; or "auto", of "cpu": mixture where modes are narrow for the spread of the target, Gaussian where they are wide. `hidden`, `depth` of the networks. `schedule`: a `NoiseSchedule` in place of continuous levels, in units
     of the scale that the networks see; one small level alone makes this the reverse KL divergence, which drops modes.
     `weight`: of a level's gradient, one of `levels.WEIGHTS`. `posterior`: where the score of the noisy target comes from:
     "chains", a network learned from Markov chains of `noisewise.sampling`, which then bear all cost in calls; or a
@@ -448,7 +449,8 @@ class DiKLSampler:
         if given == "egnn":
             space = self.target.dim // self.particles
             return EGNNGenerator(self.particles, space, plan.hidden, plan.depth, plan.published, self.seed)
-        categories = self.categories if plan.latent == "mixture" else 0
+        mixed = plan.latent == "mixture" or (plan.latent == "auto" and not skip)
+        categories = self.categories if mixed else 0
         return MLPGenerator(self.target.dim, plan.hidden, plan.depth, categories, skip, self.seed)
 
 

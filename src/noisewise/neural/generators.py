@@ -16,7 +16,7 @@ from noisewise.typing import check_count
 
 __all__ = ["LATENTS", "EGNNGenerator", "MLPGenerator", "OwnGenerator"]
 
-LATENTS = ("gaussian", "mixture")
+LATENTS = ("gaussian", "mixture", "auto")
 # numbers that stand for a category
 _EMBEDDED = 16
 

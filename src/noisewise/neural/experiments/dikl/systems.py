@@ -103,6 +103,7 @@ def network_systems(target: Any, calls: int, draws: int) -> dict[str, System]:
         System("DiKL", fit()),
         System("DiKL, exact noisy score", fit(posterior=ExactScore(), estimator="denoising")),
         System("DiKL, Gaussian latent", fit(latent="gaussian")),
+        System("DiKL, mixture latent", fit(latent="mixture")),
         System("DiKL, published levels and weight", fit(schedule=levels, weight="1/a")),
         System("DiKL, posterior draws of a shared pool", fit(posterior=pool)),
         System("DiKL, posterior draws by DiGS", fit(posterior=digs)),
