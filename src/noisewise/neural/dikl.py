@@ -118,13 +118,14 @@ class DiKLSampler:
     `preset`: "cpu", our recipe, or "paper", the published settings for 40 Gaussians (minutes to days on a CPU: thousands of
     steps of seconds each; one step size for all levels; raw coordinates, so that a target of large scale learns slowly).
     Each of the following replaces the preset's own. `latent`: "gaussian"; "mixture", a Gaussian beside `categories` of equal
-    mass; or "auto", of "cpu": mixture where modes are narrow for the spread of the target, Gaussian where they are wide. `hidden`, `depth` of the networks. `schedule`: a `NoiseSchedule` in place of continuous levels, in units
-    of the scale that the networks see; one small level alone makes this the reverse KL divergence, which drops modes.
-    `weight`: of a level's gradient, one of `levels.WEIGHTS`. `posterior`: where the score of the noisy target comes from:
-    "chains", a network learned from Markov chains of `noisewise.sampling`, which then bear all cost in calls; or a
-    `PosteriorSampler`, which draws p(x | x_t) for every batch. `estimator`: the identity that a `PosteriorSampler`'s draws go
-    through, "mixed", "denoising" or "target". `steps`: its `StepSizes`. `rates`: learning rates and batches. `init`: starts of
-    the chains, [chain, dim], by default standard normal. `seed`: same seed, same sampler, on the CPU bit for bit.
+    mass; or "auto", of "cpu": mixture where modes are narrow for the spread of the target, Gaussian where they are wide.
+    `hidden`, `depth` of the networks. `schedule`: a `NoiseSchedule` in place of continuous levels, in units of the scale that
+    the networks see; one small level alone makes this the reverse KL divergence, which drops modes. `weight`: of a level's
+    gradient, one of `levels.WEIGHTS`. `posterior`: where the score of the noisy target comes from: "chains", a network
+    learned from Markov chains of `noisewise.sampling`, which then bear all cost in calls; or a `PosteriorSampler`, which
+    draws p(x | x_t) for every batch. `estimator`: the identity that a `PosteriorSampler`'s draws go through, "mixed",
+    "denoising" or "target". `steps`: its `StepSizes`. `rates`: learning rates and batches. `init`: starts of the chains,
+    [chain, dim], by default standard normal. `seed`: same seed, same sampler, on the CPU bit for bit.
 
     After `fit`: `cost` (calls of the target, all of them, and wall seconds), `steps_` of the generator, `history_`,
     `warnings_`, `interrupted_`, and `chain_draws_` ([row, dim], up to 5,000; None without chains), what the network had to
