@@ -143,6 +143,8 @@ def test_a_target_without_exact_draws_is_measured_against_those_that_are_given(f
     with pytest.raises(InvalidInput, match=r"two_modes.py cannot be read: it is no .npy file") as refused:
         run("evaluate", out, "--reference", path)
     assert "pickle" not in str(refused.value)
+    with pytest.raises(InvalidInput, match=r"neither a .npy file nor a folder of `noisewise sample -o`"):
+        run("evaluate", out, "--reference", tmp_path)
     with pytest.raises(InvalidInput, match=r"is a folder of `noisewise neural fit`.*noisewise neural sample .* -o"):
         run("evaluate", out, "--reference", fitted[1])
 
@@ -272,7 +274,7 @@ def test_ctrl_c_while_the_chains_run_says_how_to_go_on(two_modes, tmp_path, caps
 
 
 def test_names_of_options_stand_for_those_of_the_library(two_modes, tmp_path):
-    with pytest.raises(InvalidInput, match=r"^--budget must be at least") as refused:
+    with pytest.raises(InvalidInput, match=r"^--budget must be at least .* got 5000$") as refused:
         fit(two_modes, tmp_path / "fit", "--steps", 20, "--budget", 5000)
     assert "max_" not in str(refused.value)
     two_modes.write_text("import numpy as np\n\ndef log_prob(x): return -np.sum(np.asarray(x) ** 2, -1)\n")

@@ -98,7 +98,7 @@ def fit_command(
         "generator": generator.value,
         "steps": None if steps is None else check_count("--steps", steps),
         "seconds": None if seconds is None else check_positive("--seconds", seconds),
-        "budget": None if budget is None else float(check_count("--budget", budget)),
+        "budget": None if budget is None else check_count("--budget", budget),
         "seed": check_count("--seed", seed, 0),
     }
     if steps is None and seconds is None and (preset is Preset.CPU or budget is None):
@@ -184,7 +184,7 @@ def _weighted(folder: Path, n: int, seed: int, refine: int, out: Path | None, mo
         typer.echo(json.dumps({"n": n, "ess": found.ess, **known, "energies": calls, "out": str(out)}, indent=2))
         return
     typer.echo(f"{n} weighted draws, worth {found.ess:.1f} exact ones, for {calls:,} calls of the target: {out}")
-    typer.echo(f"log Z {log_z:.4f} ± {error:.4f}; neither sees modes where the network has no draws")
+    typer.echo(f"log Z {log_z:.4f} ± {error:.4f}; it and the weights see no mode where the network has no draws")
 
 
 @neural_app.command("evaluate")
@@ -262,7 +262,9 @@ def _typed(target: str, dim: int | None, out: Path, init: Path | None, options: 
     words = ["noisewise", "neural", "fit"]
     for name, value in given.items():
         if value is not None and value != usual.get(name):
-            words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+            # 60, as it was typed, and not 60.0
+            whole = isinstance(value, float) and value.is_integer()
+            words += [f"--{name}", str(int(value) if whole else value)]
     return shlex.join(words)
 
 
@@ -456,6 +458,8 @@ def _read_draws(path: Path, dim: int) -> "torch.Tensor":
             "give the folder of `noisewise sample -o`; to compare two networks, first draw from that one, "
             f"noisewise neural sample {path} -o draws.npy"
         )
+    if not (path / "draws").is_dir():
+        raise InvalidInput(f"--reference {path} is neither a .npy file nor a folder of `noisewise sample -o`")
     from noisewise.sampling.draws import Draws
 
     return Draws.load(path / "draws").flat()

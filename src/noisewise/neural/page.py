@@ -36,7 +36,7 @@ def _compared(sampler: "DiKLSampler") -> tuple[Tensor | None, str]:
     return chain_draws(sampler), CHAINS
 
 
-def write_page(sampler: "DiKLSampler", path: str | Path, name: str, command: str, budget: float | None) -> Path:
+def write_page(sampler: "DiKLSampler", path: str | Path, name: str, command: str, budget: int | None) -> Path:
     """Write the page of a fitted sampler of the target called `name` to `path`; the pictures are of 2 000 new draws.
 
     `command`: the line that made it. `budget`: the calls that it was allowed.
@@ -54,11 +54,11 @@ def write_page(sampler: "DiKLSampler", path: str | Path, name: str, command: str
     return report.save(path)
 
 
-def _bill(report: Report, sampler: "DiKLSampler", budget: float | None) -> None:
+def _bill(report: Report, sampler: "DiKLSampler", budget: int | None) -> None:
     cost = sampler.cost
     row = {
         "steps of the generator": f"{sampler.steps_:,}",
-        "budget of calls": "none" if budget is None else f"{budget:,.0f}",
+        "budget of calls": "none" if budget is None else f"{budget:,}",
         "gradient calls": f"{cost.gradients:,}",
         "value-only calls": f"{cost.energies:,}",
         "not finite": f"{cost.nonfinite:,}",
@@ -76,10 +76,9 @@ def _training(report: Report, sampler: "DiKLSampler") -> None:
     )
     if any("target_score" in look for look in sampler.history_):
         report.text(
-            "target score and score: losses of denoising score matching, of the networks for the noisy target and for the "
-            f"noisy draws of the generator; about the dimension, {sampler.target.dim}, for a network that knows nothing, "
-            "lower is better, and noisy. direction: root mean square of the generator's gradient, which falls as the two "
-            "densities meet."
+            "Target score and score are losses of denoising score matching, of the noisy target's network and of the one for the "
+            f"generator's noisy draws (lower is better, noisy; about the dimension, {sampler.target.dim}, for a network that "
+            "knows nothing); direction is the root mean square of the generator's gradient, which falls as the densities meet."
         )
     try:
         report.figure(training_plot(sampler), alt="Curves of the fit over its steps")
@@ -89,7 +88,7 @@ def _training(report: Report, sampler: "DiKLSampler") -> None:
 
 def _pictures(report: Report, draws: Tensor, sampler: "DiKLSampler") -> None:
     target: Any = sampler.target
-    report.section("Draws", f"{len(draws)} of them, one network evaluation each.")
+    report.section("Draws", "One network evaluation each.")
     cluster = hasattr(target, "pair_distances")
     trusted, called = _compared(sampler)
     trusted = None if trusted is None else trusted.to(draws)
