@@ -230,7 +230,8 @@ class _Scale(NamedTuple):
             return cls(0.0, 1.0, False, (low, high))
         plain = cls((low + high) / 2, (high - low) / 2, True, (low, high))
         left, right = plain.forward(torch.tensor([min(low, least), max(high, most)], dtype=torch.float64)).tolist()
-        margin = 0.05 * (right - left)
+        # half a unit more is a factor of 1.6 far out
+        margin = min(0.05 * (right - left), 0.5)
         return plain._replace(ends=(left - margin, right + margin))
 
     def forward(self, x: Any) -> Any:
