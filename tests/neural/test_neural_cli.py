@@ -1,11 +1,13 @@
 """`noisewise neural`: a user's file becomes a network, the network draws, and the draws are measured."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -80,6 +82,9 @@ def test_a_fit_leaves_a_folder_that_agrees_with_itself(fitted, capsys):
     assert "Curves of the fit" in report
     assert "Energies of the draws" in report
     assert "https://" not in report
+    # what it was asked for and what it did, and the line that does it again
+    for said in ("budget of calls", "100,000", f"{facts['cost']['gradients']:,}", "--steps 20 --budget 100000 --out"):
+        assert said in report
     # the same command reads what is finished, and says the same
     before = loaded.sample(50)
     run("fit", "--target", f"{path}:exact", *FEW, "--out", out, "--json")
@@ -125,11 +130,6 @@ def test_a_target_without_exact_draws_is_measured_against_those_that_are_given(f
     path, _ = fitted
     out = tmp_path / "fit"
     run("fit", "--target", f"{path}:log_prob", "--dim", 2, *FEW, "-o", out)
-    assert "nothing to hold the energies against" in (out / "report.html").read_text()
-    with pytest.raises(
-        InvalidInput, match=r"two_modes.py:log_prob has neither exact draws nor a reference .*--reference"
-    ):
-        run("evaluate", out)
     exact = load_target(f"{path}:exact").sample(400, torch.Generator().manual_seed(1))
     np.save(tmp_path / "trusted.npy", exact.numpy())
     capsys.readouterr()
@@ -138,8 +138,167 @@ def test_a_target_without_exact_draws_is_measured_against_those_that_are_given(f
     np.save(tmp_path / "trusted.npy", exact.numpy()[:, :1])
     with pytest.raises(InvalidInput, match=r"shape \(400, 1\); needed are numbers of shape \(draws, 2\)"):
         run("evaluate", out, "--reference", tmp_path / "trusted.npy")
-    with pytest.raises(InvalidInput, match="cannot be read"):
+    with pytest.raises(InvalidInput, match=r"absent.npy cannot be read: No such file"):
         run("evaluate", out, "--reference", tmp_path / "absent.npy")
+    with pytest.raises(InvalidInput, match=r"two_modes.py cannot be read: it is no .npy file") as refused:
+        run("evaluate", out, "--reference", path)
+    assert "pickle" not in str(refused.value)
+    with pytest.raises(InvalidInput, match=r"neither a .npy file nor a folder of `noisewise sample -o`"):
+        run("evaluate", out, "--reference", tmp_path)
+    with pytest.raises(InvalidInput, match=r"is a folder of `noisewise neural fit`.*noisewise neural sample .* -o"):
+        run("evaluate", out, "--reference", fitted[1])
+
+
+def with_chains(monkeypatch, drawn):
+    """Every sampler that is fitted or loaded has these draws of the chains of training."""
+    monkeypatch.setattr(DiKLSampler, "chain_draws_", drawn, raising=False)
+    # a fit or a file must not put its own in their place
+    setting = DiKLSampler.__setattr__
+    monkeypatch.setattr(
+        DiKLSampler, "__setattr__", lambda me, name, x: None if name == "chain_draws_" else setting(me, name, x)
+    )
+
+
+def test_where_nothing_is_exact_the_chains_of_training_stand_in_and_are_called_so(
+    fitted, tmp_path, monkeypatch, capsys
+):
+    path, _ = fitted
+    drawn = load_target(f"{path}:exact").sample(400, torch.Generator().manual_seed(1))
+    out = tmp_path / "fit"
+    with_chains(monkeypatch, drawn)
+    run("fit", "--target", f"{path}:log_prob", "--dim", 2, *FEW, "-o", out)
+    page = (out / "report.html").read_text()
+    assert "Energies of the draws over those of the chains of training" in page
+    assert "how well the network learned them, not whether they are right" in page
+    capsys.readouterr()
+    run("evaluate", out, "-n", 200, "--json")
+    found = json.loads(capsys.readouterr().out)
+    np.save(tmp_path / "chains.npy", drawn.numpy())
+    run("evaluate", out, "-n", 200, "--reference", tmp_path / "chains.npy", "--json")
+    assert json.loads(capsys.readouterr().out)["measurements"] == found["measurements"]
+    assert found["against"].startswith("the chains of training")
+    run("evaluate", out, "-n", 200)
+    assert "not whether they are right" in capsys.readouterr().out
+    # without them nothing is left to measure against
+    with_chains(monkeypatch, None)
+    run("fit", "--target", f"{path}:log_prob", "--dim", 2, *FEW, "-o", out)
+    assert "nothing to hold the energies against" in (out / "report.html").read_text()
+    with pytest.raises(
+        InvalidInput, match=r"two_modes.py:log_prob has neither exact draws nor a reference .*--reference"
+    ):
+        run("evaluate", out)
+
+
+def test_exact_draws_go_before_those_of_the_chains(fitted, monkeypatch, capsys):
+    _, out = fitted
+    with_chains(monkeypatch, torch.zeros(400, 2))
+    run("evaluate", out, "-n", 200, "--json")
+    assert json.loads(capsys.readouterr().out)["against"] == "exact draws"
+
+
+def test_weights_make_means_and_the_normaliser_of_draws(tmp_path, capsys):
+    path, out = tmp_path / "bump.py", tmp_path / "fit"
+    path.write_text("def log_prob(x): return -(x - 5).square().sum(-1) / 2\n")
+    run("fit", "--target", f"{path}:log_prob", "--dim", 2, *FEW, "--out", out)
+    capsys.readouterr()
+    run("sample", out, "-n", 4000, "--seed", 3, "--weighted", "--out", tmp_path / "draws.npz", "--json")
+    said = json.loads(capsys.readouterr().out)
+    kept = {name: torch.from_numpy(array) for name, array in np.load(tmp_path / "draws.npz").items()}
+    assert kept["draws"].shape == (4000, 2)
+    assert abs(said["log_normalizer"] - math.log(2 * math.pi)) < 4 * said["log_normalizer_se"] < 0.5
+    share = kept["log_weights"].softmax(0)
+    assert 1 / share.square().sum() == pytest.approx(said["ess"], rel=1e-4)
+    assert ((share.unsqueeze(-1) * kept["draws"]).sum(0) - 5).abs().max() < 4 * said["ess"] ** -0.5
+    assert said["energies"] == 4000
+    run("sample", out, "-n", 400, "--weighted", "--out", tmp_path / "draws.npz")
+    text = capsys.readouterr().out
+    assert "400 weighted draws, worth" in text
+    assert "log Z" in text
+    with pytest.raises(InvalidInput, match="--weighted and --refine 5 exclude each other"):
+        run("sample", out, "--weighted", "--refine", 5, "--out", tmp_path / "draws.npz")
+    with pytest.raises(InvalidInput, match=r"--weighted needs --out FILE.npz, got .*draws.npy"):
+        run("sample", out, "--weighted", "--out", tmp_path / "draws.npy")
+
+
+def test_a_bounded_target_is_fitted_from_starts_inside(tmp_path):
+    path, starts, out = tmp_path / "half.py", tmp_path / "starts.npy", tmp_path / "fit"
+    path.write_text(
+        "import torch\n\ndef log_prob(x):\n"
+        "    return torch.where((x > 9).all(-1), -(x - 9).sum(-1), torch.full_like(x[:, 0], -torch.inf) + 0 * x.sum(-1))\n"
+    )
+    command = ("fit", "--target", f"{path}:log_prob", "--dim", 2, "--steps", 20, "--budget", "3e5", "--out", out)
+    with pytest.raises(InvalidInput, match=r"start inside the support, --init FILE\.npy"):
+        run(*command)
+    inside = 9 + np.random.default_rng(0).exponential(size=(64, 2))
+    for rows, said in (
+        (inside[0], r"shape \(2,\); needed are numbers of shape \(chains, 2\)"),
+        (np.where(inside == inside[5, 1], np.nan, inside), r"--init .*the start of chain 5 is not finite"),
+        (inside[:0], "holds no chains"),
+    ):
+        np.save(starts, rows)
+        with pytest.raises(InvalidInput, match=said):
+            run(*command, "--init", starts)
+    np.save(starts, inside)
+    run(*command, "--init", starts)
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["init"] == str(starts)
+    assert "--init" in (out / "report.html").read_text()
+    drawn = DiKLSampler.from_pretrained(out / "model", load_target(f"{path}:log_prob", 2)).sample(500)
+    # starts on the target's own scale: without them no chain would have come here
+    assert (drawn.median(0).values - 9.7).abs().max() < 1.5
+    np.save(starts, inside + 1)
+    with pytest.raises(RunFolderError, match="began from other starts than those of --init"):
+        run(*command, "--init", starts)
+    with pytest.raises(RunFolderError, match="began from other starts"):
+        run(*command)
+    np.save(starts, inside)
+    run(*command, "--init", starts)
+
+
+def test_ctrl_c_while_the_chains_run_says_how_to_go_on(two_modes, tmp_path, capsys):
+    out = tmp_path / "fit"
+
+    def press():
+        while not (out / "run" / "chains").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    assert fit(two_modes, out, "--steps", 20, "--budget", "1e9") == 130
+    thread.join()
+    assert "interrupted while the chains ran; the same command goes on" in capsys.readouterr().err
+    with pytest.raises(RunFolderError, match="with --budget"):
+        fit(two_modes, out, "--steps", 20, "--budget", "1e8")
+
+
+def test_names_of_options_stand_for_those_of_the_library(two_modes, tmp_path):
+    with pytest.raises(InvalidInput, match=r"^--budget must be at least .* got 5000$") as refused:
+        fit(two_modes, tmp_path / "fit", "--steps", 20, "--budget", 5000)
+    assert "max_" not in str(refused.value)
+    two_modes.write_text("import numpy as np\n\ndef log_prob(x): return -np.sum(np.asarray(x) ** 2, -1)\n")
+    with pytest.raises(InvalidInput, match=r"from_numpy.*NAME may be the Target object"):
+        fit(two_modes, tmp_path / "fit", "--dim", 2, *FEW, name="log_prob")
+
+
+def test_drawing_needs_no_file_of_the_target(two_modes, tmp_path, capsys):
+    out = tmp_path / "fit"
+    two_modes.write_text(
+        TWO_MODES
+        + "from noisewise.targets.target import TorchTarget\nnamed = TorchTarget(log_prob, 2, ['mu', 'tau'])\n"
+    )
+    fit(two_modes, out, name="named")
+    capsys.readouterr()
+    run("sample", out, "-n", 3)
+    before = capsys.readouterr().out
+    assert before.startswith("mu,tau\n")
+    two_modes.write_text("raise RuntimeError('this must not run')\n")
+    run("sample", out, "-n", 3)
+    assert capsys.readouterr().out == before
+    two_modes.unlink()
+    run("sample", out, "-n", 3)
+    assert capsys.readouterr().out == before
 
 
 def test_the_same_command_goes_on_after_a_crash_to_the_same_sampler(fitted, tmp_path, monkeypatch):
@@ -189,29 +348,30 @@ def test_ctrl_c_ends_as_sample_does_and_leaves_what_exists(two_modes, tmp_path, 
         run("sample", out, "-n", 2)
 
 
-def test_a_changed_file_or_option_is_refused(fitted, tmp_path):
+def test_a_fit_refuses_a_changed_file_or_option_and_what_measures_warns(fitted, tmp_path):
     path, made = fitted
     mine, out = tmp_path / "two_modes.py", tmp_path / "fit"
     shutil.copytree(made, out)
     mine.write_text(TWO_MODES)
     command = json.loads((out / "command.json").read_text())
     (out / "command.json").write_text(json.dumps({**command, "source": f"{mine}:exact"}))
-    run("sample", out, "-n", 2)
     with pytest.raises(RunFolderError, match="with --steps 20, but --steps 30 was asked for"):
         fit(mine, out, "--steps", 30, "--budget", "1e5")
     with pytest.raises(RunFolderError, match=r"holds a fit of .*two_modes\.py:exact, not of gmm40"):
         run("fit", "--target", "gmm40", *FEW, "--out", out)
     mine.write_text(TWO_MODES + "\n# another density\n")
-    for arguments in (("sample", out), ("evaluate", out)):
-        with pytest.raises(RunFolderError, match=r"exact has changed since the run in .* began"):
-            run(*arguments)
     with pytest.raises(RunFolderError, match="has changed"):
         fit(mine, out)
+    for arguments in (("sample", out, "-n", 2, "--refine", 3), ("evaluate", out, "-n", 50)):
+        with pytest.warns(NoisewiseWarning, match=r"exact has changed since the fit in .* began"):
+            run(*arguments)
     # a file that was moved is still the same
     mine.unlink()
     with pytest.raises(RunFolderError, match=r"no file .*--target FILE\.py:NAME"):
-        run("sample", out, "-n", 2)
-    run("sample", out, "-n", 2, "--target", f"{path}:exact")
+        run("evaluate", out, "-n", 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoisewiseWarning)
+        run("evaluate", out, "-n", 50, "--target", f"{path}:exact")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +388,8 @@ def test_a_changed_file_or_option_is_refused(fitted, tmp_path):
         (["fit", "--target", "gmm40", "--steps", 20, "--generator", "egnn", "-o", "fit"], "egnn"),
         (["fit", "--target", "gmm40", "--steps", 20, "-o", "two_modes.py"], "is a file"),
         (["fit", "--target", "gmm40", "--steps", 20, "-o", "full"], "not empty"),
+        (["fit", "--target", "gmm40", "--steps", 20, "-o", "/proc/x"], "--out /proc/x cannot be created"),
+        (["fit", "--target", "gmm40", "--steps", 20, "--init", "absent.npy", "-o", "fit"], "absent.npy cannot be read"),
         (["sample", "nowhere"], "holds no finished `noisewise neural fit`"),
         (["sample", "two_modes.py"], "holds no finished `noisewise neural fit`"),
         (["evaluate", "full"], "holds no finished `noisewise neural fit`"),
@@ -271,10 +433,13 @@ def test_a_target_in_one_coordinate_has_its_report(tmp_path):
 def test_a_cluster_is_shown_by_its_energies_and_distances(tmp_path, generator):
     out = tmp_path / "fit"
     run("fit", "--target", "dw4", "--generator", generator, "--steps", 2, "--budget", "1e5", "--out", out)
-    assert "Pair distances over those of perfect samples" in (out / "report.html").read_text()
+    assert "Pair distances over those of trusted draws" in (out / "report.html").read_text()
     run("sample", out, "-n", 4, "--out", tmp_path / "draws.npy")
     drawn = torch.from_numpy(np.load(tmp_path / "draws.npy"))
     assert drawn.reshape(4, 4, 2).mean(1).abs().max() < 1e-4
+    assert drawn.equal(DiKLSampler.from_pretrained(out / "model", load_target("dw4")).sample(4))
+    with pytest.raises(InvalidInput, match="not for particles"):
+        run("sample", out, "--weighted", "--out", tmp_path / "draws.npz")
 
 
 def test_exact_of_the_file_is_what_the_tests_take_it_for(fitted):

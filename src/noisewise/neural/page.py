@@ -13,66 +13,97 @@ from noisewise.report import Report
 if TYPE_CHECKING:
     from noisewise.neural.dikl import DiKLSampler
 
-__all__ = ["trusted_draws", "write_page"]
+__all__ = ["CAVEAT", "CHAINS", "chain_draws", "write_page"]
 
+CHAINS = "the chains of training"
+CAVEAT = "the numbers say how well the network learned them, not whether they are right"
 _SHOWN, _TRUSTED = 2_000, 5_000
 _ROWS = 50
 
 
-def trusted_draws(target: Any, n: int, seed: int = 0) -> Tensor | None:
-    """`n` exact draws of `target`, or trusted ones, or None where it has neither."""
+def chain_draws(sampler: "DiKLSampler") -> Tensor | None:
+    """Draws of the target by the chains of training, on its own scale, or None where there were none of use."""
+    return getattr(sampler, "chain_draws_", None)
+
+
+def _compared(sampler: "DiKLSampler") -> tuple[Tensor | None, str]:
+    """What the draws are shown beside, and its name: exact or trusted draws, or else those of the chains of training."""
+    target: Any = sampler.target
     if hasattr(target, "sample"):
-        return target.sample(n, torch.Generator().manual_seed(seed))
-    return target.reference(n) if hasattr(target, "reference") else None
+        return target.sample(_TRUSTED, torch.Generator().manual_seed(0)), "exact draws"
+    if hasattr(target, "reference"):
+        return target.reference(_TRUSTED), "trusted draws"
+    return chain_draws(sampler), CHAINS
 
 
-def write_page(sampler: "DiKLSampler", path: str | Path, name: str) -> Path:
-    """Write the page of a fitted sampler of the target called `name` to `path`; the pictures are of 2 000 new draws."""
+def write_page(sampler: "DiKLSampler", path: str | Path, name: str, command: str, budget: int | None) -> Path:
+    """Write the page of a fitted sampler of the target called `name` to `path`; the pictures are of 2 000 new draws.
+
+    `command`: the line that made it. `budget`: the calls that it was allowed.
+    """
     target: Any = sampler.target
     draws = sampler.sample(_SHOWN)
-    cost = sampler.cost
     report = Report(f"DiKLSampler on {name}", f"preset {sampler.preset}, {target.dim} dimensions")
     for text in sampler.warnings_:
         report.warning(text)
-    report.section("Summary")
-    report.table(
-        ["gradient calls", "value-only calls", "not finite", "seconds", "interrupted"],
-        [[f"{cost.gradients:,}", f"{cost.energies:,}", f"{cost.nonfinite:,}", f"{cost.seconds:.1f}", _yes(sampler)]],
-    )
+    _bill(report, sampler, budget)
+    report.code(command)
     _training(report, sampler)
-    _pictures(report, draws, target)
+    _pictures(report, draws, sampler)
     _moments(report, draws, target)
     return report.save(path)
 
 
-def _yes(sampler: "DiKLSampler") -> str:
-    return "yes" if sampler.interrupted_ else "no"
+def _bill(report: Report, sampler: "DiKLSampler", budget: int | None) -> None:
+    cost = sampler.cost
+    row = {
+        "steps of the generator": f"{sampler.steps_:,}",
+        "budget of calls": "none" if budget is None else f"{budget:,}",
+        "gradient calls": f"{cost.gradients:,}",
+        "value-only calls": f"{cost.energies:,}",
+        "not finite": f"{cost.nonfinite:,}",
+        "seconds": f"{cost.seconds:.1f}",
+        "seed": str(sampler.seed),
+        "interrupted": "yes" if sampler.interrupted_ else "no",
+    }
+    report.section("Summary")
+    report.table(list(row), [list(row.values())])
 
 
 def _training(report: Report, sampler: "DiKLSampler") -> None:
     report.section(
         "Training", "What each look at the fit saw. A loss that stays level is no sign of samples that are right."
     )
+    if any("target_score" in look for look in sampler.history_):
+        report.text(
+            "Target score and score are losses of denoising score matching, of the noisy target's network and of the one for the "
+            f"generator's noisy draws (lower is better, noisy; about the dimension, {sampler.target.dim}, for a network that "
+            "knows nothing); direction is the root mean square of the generator's gradient, which falls as the densities meet."
+        )
     try:
-        report.figure(training_plot(sampler.history_), alt="Curves of the fit over its steps")
+        report.figure(training_plot(sampler), alt="Curves of the fit over its steps")
     except InvalidInput as error:
         report.text(str(error))
 
 
-def _pictures(report: Report, draws: Tensor, target: Any) -> None:
-    report.section("Draws", f"{len(draws)} of them, one network evaluation each.")
+def _pictures(report: Report, draws: Tensor, sampler: "DiKLSampler") -> None:
+    target: Any = sampler.target
+    report.section("Draws", "One network evaluation each.")
     cluster = hasattr(target, "pair_distances")
-    trusted = trusted_draws(target, _TRUSTED)
+    trusted, called = _compared(sampler)
     trusted = None if trusted is None else trusted.to(draws)
-    if target.dim > 1 and not cluster:
-        few = trusted if trusted is None else trusted[: len(draws)]
-        report.figure(sample_plot(draws, target, few), alt="Pairs of coordinates of the draws")
     if trusted is None:
         report.text("The target has neither exact nor trusted draws, so there is nothing to hold the energies against.")
+    elif called == CHAINS:
+        report.text(f"Shown beside {CHAINS}: {CAVEAT}.")
+    if target.dim > 1 and not cluster:
+        few = trusted if trusted is None else trusted[: len(draws)]
+        report.figure(sample_plot(draws, target, few, called), alt="Pairs of coordinates of the draws")
+    if trusted is None:
         return
-    report.figure(energy_plot(draws, target, trusted), alt="Energies of the draws over those of perfect samples")
+    report.figure(energy_plot(draws, target, trusted, called), alt=f"Energies of the draws over those of {called}")
     if cluster:
-        report.figure(distance_plot(draws, target, trusted), alt="Pair distances over those of perfect samples")
+        report.figure(distance_plot(draws, target, trusted, called), alt=f"Pair distances over those of {called}")
 
 
 def _moments(report: Report, draws: Tensor, target: Any) -> None:
