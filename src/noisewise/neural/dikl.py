@@ -57,7 +57,8 @@ _LOWEST, _HIGHEST, _BINS = 0.25, 3.0, 12
 # deviation of a mode from which on the generator adds z, and has no categories of its own accord: between 0.33 (three modes,
 # where both hurt) and 0.7 (many wells, whose patterns outnumber the categories)
 _WIDE = 0.5
-_SAMPLE_ROWS = 65_536
+# rows of a network at once, so that its layers stay in the cache
+_SAMPLE_ROWS = 2048
 # draws that are looked at when a fit ends, and the share of the chains' draws that counts as rare
 _LOOKED_AT, _RARE = 2048, 0.01
 # draws of the chains that are kept with the sampler, and the least worth of weighted draws
@@ -330,8 +331,7 @@ class DiKLSampler:
         standard, net = self.fitted()
         n, refine_steps = check_count("n", n), check_count("refine_steps", refine_steps, 0)
         generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
-        sizes = [_SAMPLE_ROWS] * (n // _SAMPLE_ROWS) + ([n % _SAMPLE_ROWS] if n % _SAMPLE_ROWS else [])
-        u = torch.cat([net(net.latent(size, generator)) for size in sizes])
+        u = torch.cat([net(part) for part in net.latent(n, generator).split(_SAMPLE_ROWS)])
         if self.particles:
             u = standard.project(u)
         if not refine_steps:
