@@ -738,7 +738,7 @@ def _faults(training: Training, look: _Look, spread: float) -> list[str]:
             f"{look.outside:.1%} of the draws have density 0: a network cannot stop at an edge, and the scores that it learns "
             "from belong to densities that fall to 0 smoothly; transform what is bounded (log for x > 0, logit for an interval)"
         )
-    elif training.step and look.rare > 0.3:
+    elif training.step and look.rare > 0.15:
         found.append(
             f"{look.rare:.0%} of the draws are less likely than {1 - _RARE:.0%} of the chains' draws: the generator has not come "
             "to the modes yet; train longer, or mend each draw with sample(n, refine_steps=20)"
