@@ -14,7 +14,7 @@ from noisewise.typing import check_positive
 __all__ = ["WEIGHTS", "Levels"]
 
 # of the gradient, as functions of a and sigma = s / a; they are the same in terms of x_t and of y = x_t / a
-WEIGHTS = ("denoised", "uniform", "1/a", "s2/a", "s2/a2")
+WEIGHTS = ("denoised", "ramped", "uniform", "1/a", "s2/a", "s2/a2")
 # share of a run after which a mode's variance sets in
 _SHARPENED = 0.6
 # where the generator's lowest level begins, as a share of the highest
@@ -35,7 +35,8 @@ class Levels:
     `weight`: those of the paper, "uniform", "1/a", "s2/a" and "s2/a2", for x_t = a x + s eps with a^2 + s^2 = 1; the last one is
     sigma^2, with which the gradient is a difference of denoised means. "denoised" is that, plus `variance` (of a mode) times a
     factor that rises from 0 to 1 over the last 40 % of a run: low levels know nothing of mode weights and, given their full
-    weight early, shift them, but they make the modes sharp. `annealed`: share of a run over which the lowest level
+    weight early, shift them, but they make the modes sharp. "ramped" goes from sigma^2 to the same weight for every level over
+    those 40 %: sharper still, for the few steps of a dear network. `annealed`: share of a run over which the lowest level
     that the generator sees falls from 0.3 `hi` to `lo`; the score networks see all of them at all times.
     Raises `InvalidInput` for levels that are not above 0 or out of order, and for an unknown weight.
     """
@@ -76,6 +77,7 @@ class Levels:
         late = max(0.0, (min(done, 1.0) - _SHARPENED) / (1 - _SHARPENED))
         return {
             "denoised": lambda: sigma.square() + late * self.variance,
+            "ramped": lambda: sigma.pow(2 * (1 - late)),
             "uniform": lambda: torch.ones_like(sigma),
             "1/a": lambda: 1 / a,
             "s2/a": lambda: (sigma * a).square() / a,
