@@ -109,6 +109,14 @@ def test_weights_are_those_of_the_paper_for_the_variance_preserving_form(weight)
     assert torch.allclose(found, truth, rtol=1e-5)
 
 
+def test_a_ramped_weight_goes_from_denoised_means_to_scores():
+    levels = Levels(0.1, 10.0, "ramped", 0.0)
+    # until 60 % of a run the gradient is a difference of denoised means, at its end of scores, half-way in between of both
+    for done, power in ((0.0, 2.0), (0.6, 2.0), (0.8, 1.0), (1.0, 0.0)):
+        sigma, weight = levels.draw(500, seeded(0), done)
+        assert torch.allclose(weight, sigma**power, rtol=1e-5)
+
+
 def test_levels_are_log_uniform_and_fall_to_the_lowest():
     levels = Levels(0.01, 3.0, annealed=0.5)
     early, late = levels.draw(4000, seeded(0), 0.0).sigma, levels.draw(4000, seeded(0), 0.7).sigma
