@@ -26,8 +26,8 @@ COMPARISON = Comparison(
     _problems,
     _illustrate,
     protocols=("A", "B", "C", "D", "E"),
-    optional=("D", "E"),
-    absent={"quick": ("B", "C")},
+    optional=("D",),
+    absent={"quick": ("B", "C", "E")},
     seeds={"quick": (0,), "cpu": (0, 1, 2, 3, 4), "paper": (0, 1, 2)},
 )
 run = COMPARISON.run

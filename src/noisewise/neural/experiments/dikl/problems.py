@@ -69,15 +69,10 @@ def _problem(
     protocol: str, name: str, target: Any, metrics: tuple[str, ...], criterion: str, scale: str, networks: tuple[str, ...]
 ) -> Problem:  # fmt: skip
     calls, draws = _CALLS[scale], _DRAWS[scale]
-    steps = round(_STEPS[scale] * (_CLUSTER_STEPS if getattr(target, "particles", 0) else 1))
+    cluster = bool(getattr(target, "particles", 0))
+    steps = round(_STEPS[scale] * (_CLUSTER_STEPS if cluster else 1))
     known = network_systems(target, calls, draws)
-    tuned = (
-        ""
-        if not getattr(target, "particles", 0)
-        else (
-            " The weight of noise levels on clusters was chosen among five on DW-4, seeds 0 and 100, which are left out here."
-        )
-    )
+    chosen = " The weight of noise levels was chosen among five on seeds 0 and 100, which are left out here."
     systems = (*(known[network] for network in networks), *chain_systems(target, calls, draws))
     if scale == "quick":
         systems = tuple(system for system in systems if system.name in _QUICK)
@@ -94,7 +89,7 @@ def _problem(
             f"{draws:,} draws then cost one network evaluation each. DiKL learns the target's score from chains of {calls:,} "
             "calls, and in twice as many steps before; the chains beside it may make as many calls, and their draws are thinned "
             "from the last two thirds. Networks that draw p(x | x_t) for every batch make as many calls as the bill says."
-            + tuned,
+            + (chosen if cluster else ""),
         ),
     )
 
