@@ -3,6 +3,7 @@
 Source: He et al., AISTATS 2025, arXiv 2410.12456 (Gaussian latent, MLP and EGNN); the mixture latent is ours.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ __all__ = ["LATENTS", "EGNNGenerator", "MLPGenerator", "OwnGenerator"]
 LATENTS = ("gaussian", "mixture", "auto")
 # numbers that stand for a category
 _EMBEDDED = 16
+# coordinates of z that go well with them
+_PLANE = 2
 
 
 class MLPGenerator(nn.Module):
@@ -41,6 +44,9 @@ class MLPGenerator(nn.Module):
             generator = torch.Generator().manual_seed(seed + 1)
             self.embedding = nn.Parameter(torch.randn(categories, _EMBEDDED, generator=generator))
         self.skip = skip
+        # beside a category z has the same share of the input in every dimension: with more of it the network spreads each
+        # category over the modes, as a continuous map would
+        self.share = math.sqrt(_PLANE / self.dim) if categories and not skip else 1.0
 
     def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n latent"]:
         """`n` draws of z, with the category as a last number where there are any."""
@@ -53,7 +59,7 @@ class MLPGenerator(nn.Module):
     def forward(self, latent: Float[Tensor, "n latent"]) -> Float[Tensor, "n dim"]:
         """Positions of the latent draws."""
         z = latent[:, : self.dim]
-        known = torch.cat([z, self.embedding[latent[:, -1].long()]], 1) if self.categories else z
+        known = torch.cat([self.share * z, self.embedding[latent[:, -1].long()]], 1) if self.categories else z
         return self.net(known) + z if self.skip else self.net(known)
 
 
