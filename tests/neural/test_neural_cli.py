@@ -257,6 +257,8 @@ def test_a_bounded_target_is_fitted_from_starts_inside(tmp_path):
 
 def test_ctrl_c_while_the_chains_run_says_how_to_go_on(two_modes, tmp_path, capsys):
     out = tmp_path / "fit"
+    # a shell that starts the tests in the background has them ignore the signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press():
         while not (out / "run" / "chains").exists():
@@ -266,7 +268,10 @@ def test_ctrl_c_while_the_chains_run_says_how_to_go_on(two_modes, tmp_path, caps
 
     thread = threading.Thread(target=press, daemon=True)
     thread.start()
-    assert fit(two_modes, out, "--steps", 20, "--budget", "1e9") == 130
+    try:
+        assert fit(two_modes, out, "--steps", 20, "--budget", "1e9") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert "interrupted while the chains ran; the same command goes on" in capsys.readouterr().err
     with pytest.raises(RunFolderError, match="with --budget"):
