@@ -11,8 +11,9 @@ import torch
 from interleaved import compared, environment, interleaved
 
 from noisewise.files import write_atomically
-from noisewise.neural import DiKLSampler, PosteriorSampler, evaluate
+from noisewise.neural import DiKLSampler, evaluate
 from noisewise.neural.dikl import _Fit
+from noisewise.neural.experiments.dikl.systems import _FEW, _SMALL
 from noisewise.neural.training import Rates
 from noisewise.sampling import ParallelTempering, sample
 from noisewise.targets import gmm40
@@ -126,7 +127,7 @@ def test_time_to_twenty_modes_against_the_published_recipe(results):
     for seed in SEEDS:
         covered, seconds = ours(steps, seed)
         # as many as ours in everything that costs time, the rest as published
-        small = _published(seed, hidden=128, rates=Rates(1e-3, 1e-4, 256, 512, 5), posterior=_SMALL)
+        small = _published(seed, hidden=128, rates=_SMALL, posterior=_FEW)
         taken, theirs, found = _steps_to_enough(small)
         runs.append(
             {
@@ -150,6 +151,3 @@ def test_time_to_twenty_modes_against_the_published_recipe(results):
         "seconds of a published step": a_step,
         "ratio at its own size, for as many steps": a_step * least / max(run["ours"]["seconds"] for run in runs),
     }
-
-
-_SMALL = PosteriorSampler("annealed", particles=8, anneal_steps=3, resample=True, langevin_steps=2, box=1000.0)

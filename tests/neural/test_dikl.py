@@ -255,7 +255,7 @@ def test_the_bill_counts_every_call():
 
 
 def test_a_generator_that_is_not_there_yet_is_named():
-    # modes of width 1 at +-40: ten steps of a network leave the draws between them
+    # modes of width 1 at +-40: three steps of a network leave the draws between them
     target = GaussianMixture(torch.tensor([[-40.0], [40.0]]), 1.0)
     with _quiet():
         short = DiKLSampler(target, rates=FAST, hidden=16, depth=1).fit(max_steps=3, max_gradients=60_000)

@@ -34,6 +34,8 @@ class MLPGenerator(nn.Module):
     weights come in steps of about 1 / categories, finer where z splits one.
     """
 
+    share: Tensor
+
     def __init__(
         self, dim: int, hidden: int, depth: int, categories: int = 0, skip: bool = False, seed: int = 0
     ) -> None:
@@ -43,10 +45,10 @@ class MLPGenerator(nn.Module):
         if categories:
             generator = torch.Generator().manual_seed(seed + 1)
             self.embedding = nn.Parameter(torch.randn(categories, _EMBEDDED, generator=generator))
+            # z has the same share of the input in every dimension: with more of it the network spreads each category over the
+            # modes, as a continuous map would; saved with the weights, which are of no use with another
+            self.register_buffer("share", torch.tensor(1.0 if skip else math.sqrt(_PLANE / self.dim)))
         self.skip = skip
-        # beside a category z has the same share of the input in every dimension: with more of it the network spreads each
-        # category over the modes, as a continuous map would
-        self.share = math.sqrt(_PLANE / self.dim) if categories and not skip else 1.0
 
     def latent(self, n: int, generator: torch.Generator) -> Float[Tensor, "n latent"]:
         """`n` draws of z, with the category as a last number where there are any."""

@@ -23,8 +23,8 @@ from noisewise.typing import Cost
 
 __all__ = ["Drawn", "ExactScore", "chain_systems", "network_systems"]
 
-# at most so many chains beside the networks, and at least so many calls for each: of 32 to 512 chains the best for parallel
-# tempering, on seeds of its own and 10^5 and 10^6 calls
+# at most so many chains beside the networks, and at least so many calls for each: of 32 to 512 chains, within the noise of the
+# best for parallel tempering, on two seeds of its own and 10^5 and 10^6 calls
 _CHAINS, _CALLS_EACH = 256, 2000
 # reverse KL: one level of a third of a mode's width in the plane of the forty modes, on the standardised scale
 _ONE_LEVEL = 0.02
