@@ -11,7 +11,7 @@ from noisewise.errors import InvalidInput, NoisewiseError, require
 from noisewise.metrics.measurement import Measurement
 from noisewise.typing import check_positive
 
-__all__ = ["energy_distance", "mmd2", "wasserstein2"]
+__all__ = ["centred_pair", "energy_distance", "mmd2", "wasserstein2"]
 
 # One tile of pairwise distances holds this many float64: 4 MiB, which stays in the cache of most processors.
 _TILE_ENTRIES = 2**19
@@ -36,7 +36,7 @@ def mmd2(
     for fewer than 2 draws when unbiased.
     Source: Gretton et al., JMLR 13, 2012; kernels and bandwidth of Chen et al., ICML 2024 (arXiv 2402.03008).
     """
-    x, y = _centred_pair(x, y)
+    x, y = centred_pair(x, y)
     if not biased and min(len(x), len(y)) < 2:
         raise InvalidInput(f"the unbiased MMD needs 2 draws on each side, got {len(x)} and {len(y)}")
     width = _pooled_bandwidth(x, y) if bandwidth is None else check_positive("bandwidth", bandwidth)
@@ -54,7 +54,7 @@ def energy_distance(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"], *, flo
     Raises `InvalidInput` for samples that are empty, not finite or of different `dim`.
     Source: Székely & Rizzo, J. Stat. Plan. Inference 143, 2013.
     """
-    x, y = _centred_pair(x, y)
+    x, y = centred_pair(x, y)
     between = 2 * _distance_sum(x, y) / (len(x) * len(y))
     within = _distance_sum(x, x) / len(x) ** 2 + _distance_sum(y, y) / len(y) ** 2
     return Measurement(max(between - within, 0.0), floor=floor, n=len(x))
@@ -70,7 +70,7 @@ def wasserstein2(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"], *, floor:
     Source: Flamary et al., JMLR 22, 2021 (POT).
     """
     ot = require("ot", "sampling")
-    x, y = _centred_pair(x, y)
+    x, y = centred_pair(x, y)
     if len(x) * len(y) > _MAX_TRANSPORT_PAIRS:
         raise InvalidInput(
             f"exact transport between {len(x)} and {len(y)} draws needs {8 * len(x) * len(y) / 1e9:.0f} GB; "
@@ -83,10 +83,11 @@ def wasserstein2(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"], *, floor:
     return Measurement(math.sqrt(max(float(squared), 0.0)), floor=floor, n=len(x))
 
 
-def _centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both samples in float64, checked, with the pooled median removed so that squared distances lose no digits.
+def centred_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both samples [n, dim] and [m, dim] in float64, less their pooled median, so that squared distances lose no digits.
 
-    A mean would follow a single draw that has run away, and then it is the others that lose theirs.
+    A mean would follow a single draw that has run away, and then it is the others that lose theirs. Raises `InvalidInput`
+    for samples that are empty, not finite, of different `dim`, or not [draws, dim].
     """
     for name, sample in (("x", x), ("y", y)):
         if sample.ndim != 2:
