@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "distances": ["energy_distance", "mmd2", "wasserstein2"],
         "floors": ["Floor", "sample_floor"],
+        "frechet": ["frechet_distance"],
         "measurement": ["Measurement", "format_value"],
         "modes": [
             "ModeWeights",
