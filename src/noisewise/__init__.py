@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=[
         "comparison",
         "denoising",
+        "diffusion",
         "energy",
         "errors",
         "metrics",
@@ -22,6 +23,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "typing",
     ],
     submod_attrs={
+        # diffusers looks for the classes of a saved pipeline, and for their bases, in the top namespace
+        "diffusion.head": ["CovarianceHead", "ModelMixin"],
+        "diffusion.scheduler": ["CovarianceScheduler", "SchedulerMixin"],
         "errors": ["NoisewiseError", "NoisewiseWarning"],
         "sampling": ["sample"],
         "targets": ["as_target"],

@@ -168,7 +168,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 SCRIPT = """
 import sys, time, torch
 from noisewise.energy import EnergyNet, dsm_loss, fit_energy
-from noisewise.energy import training
+from noisewise import training
 from noisewise.noise import Corruption
 torch.set_num_threads(1)
 training._CHECKPOINT_SECONDS = 0.02

@@ -125,12 +125,12 @@ class FullCovariance:
 
     def matvec(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
         """S v."""
-        return self._back(self._values * self._along(v))
+        return self._back(self._values * self.along(v))
 
     def sample(self, generator: torch.Generator) -> Float[Tensor, "batch dim"]:
         """One draw of N(0, S) for each state."""
         # S^(1/2) z with the symmetric root: the draw does not depend on the signs and order of eigenvectors
-        return self._back(self._values.sqrt() * self._along(standard_normal(self._values, generator)))
+        return self._back(self._values.sqrt() * self.along(standard_normal(self._values, generator)))
 
     def diag(self) -> Float[Tensor, "batch dim"]:
         """The variances."""
@@ -146,14 +146,15 @@ class FullCovariance:
 
     def mahalanobis(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
         """v^T S^-1 v."""
-        return squared_over(self._along(v), self._values).sum(-1)
+        return squared_over(self.along(v), self._values).sum(-1)
 
     def corrupted(self, corruption: Corruption) -> "FullCovariance":
         """a^2 S + s^2 I, without another factorisation."""
         values = corruption.a**2 * self._values + corruption.s**2
         return FullCovariance._of(values, self._vectors, torch.zeros_like(self.clipped))
 
-    def _along(self, v: Tensor) -> Tensor:
+    def along(self, v: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """v in the basis of the eigenvectors, in the order of `eigenvalues`."""
         return (v.unsqueeze(-2) @ self._vectors).squeeze(-2)
 
     def _back(self, v: Tensor) -> Tensor:

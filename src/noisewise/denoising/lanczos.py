@@ -115,7 +115,7 @@ class KrylovCovariance:
     is smooth; `mahalanobis` takes as many, `logdet` `probes` times as many (stochastic Lanczos quadrature), `diag`
     `probes` (Hutchinson). Negative Ritz values are clamped and counted: `clipped` is that of the latest such call.
     Probes come from `generator`. `tolerance`: relative residual at which a draw takes no more products, by default the root
-    of the rounding unit.
+    of the rounding unit. Ritz values are cut at `largest`.
     `matvec` and `dense` are S as it is, not clamped.
     """
 
@@ -128,6 +128,7 @@ class KrylovCovariance:
         probes: int = 1,
         tolerance: float | int | None = None,
         then: tuple[float | int, float | int] = (1.0, 0.0),
+        largest: float | int = math.inf,
     ) -> None:
         self._product = product
         self._like = like.detach()
@@ -137,6 +138,7 @@ class KrylovCovariance:
         self._tolerance = math.sqrt(torch.finfo(like.dtype).eps) if tolerance is None else tolerance
         # the covariance is scale * clamp(S) + shift
         self._scale, self._shift = then
+        self._largest = largest
         self._clipped = torch.zeros(len(like), dtype=torch.long, device=like.device)
 
     @property
@@ -189,7 +191,7 @@ class KrylovCovariance:
         """a^2 S + s^2 I, with the same products."""
         then = (corruption.a**2 * self._scale, corruption.a**2 * self._shift + corruption.s**2)
         return KrylovCovariance(
-            self._product, self._like, self._generator, self._rank, self._probes, self._tolerance, then
+            self._product, self._like, self._generator, self._rank, self._probes, self._tolerance, then, self._largest
         )
 
     def _spectrum(self, start: Tensor, tolerance: float) -> tuple[Tridiagonal, Float[Tensor, "batch step"]]:
@@ -199,7 +201,7 @@ class KrylovCovariance:
         """
         space = lanczos(self._product, start, self._rank, tolerance)
         values, self._clipped = clamped(space.ritz)
-        return space, self._scale * values + self._shift
+        return space, self._scale * values.clamp(max=self._largest) + self._shift
 
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:

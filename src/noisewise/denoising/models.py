@@ -15,9 +15,9 @@ from torch import Tensor
 from noisewise.errors import InvalidInput
 from noisewise.noise import Corruption
 
-__all__ = ["Denoiser", "Energy", "Model", "Score", "as_model", "check_corruption"]
+__all__ = ["Denoiser", "Energy", "Model", "Score", "as_model", "check_corruption", "denoised"]
 
-_PREDICTIONS = ("x0", "epsilon", "v")
+_PREDICTIONS = ("x0", "epsilon", "v", "flow")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network that predicts x ("x0"), the noise ("epsilon") or v = a eps - s x ("v") from x_t = a x + s eps.
+    """A network that predicts x ("x0"), the noise ("epsilon"), v = a eps - s x ("v") or eps - x ("flow") from a x + s eps.
 
     `fn`: [batch, *event] -> the same shape; `corruption`: as for `Energy`. A diffusion network takes a time too: bind it,
     `Denoiser(lambda x_t: net(x_t, t), "epsilon")`.
@@ -115,24 +115,33 @@ class Denoiser:
     def score(self, x_t: Float[Tensor, "batch *event"], corruption: Corruption) -> Float[Tensor, "batch *event"]:
         """(a x0 - x_t) / s^2 = -eps / s."""
         a, s, output = corruption.a, corruption.s, self._output(x_t, corruption)
-        if self.prediction == "x0":
-            return (a * output - x_t) / s**2
         if self.prediction == "epsilon":
             return -output / s
-        return -(s * x_t + a * output) / (s * (a**2 + s**2))
+        if self.prediction == "v":
+            return -(s * x_t + a * output) / (s * (a**2 + s**2))
+        return (a * denoised(self.prediction, output, x_t, a, s) - x_t) / s**2
 
     def mean(self, x_t: Float[Tensor, "batch *event"], corruption: Corruption) -> Float[Tensor, "batch *event"]:
-        """E[x | x_t]: the output itself ("x0"), (x_t - s eps) / a, or (a x_t - s v) / (a^2 + s^2)."""
-        a, s, output = corruption.a, corruption.s, self._output(x_t, corruption)
-        if self.prediction == "x0":
-            return output
-        if self.prediction == "epsilon":
-            return (x_t - s * output) / a
-        return (a * x_t - s * output) / (a**2 + s**2)
+        """E[x | x_t]."""
+        return denoised(self.prediction, self._output(x_t, corruption), x_t, corruption.a, corruption.s)
 
     def _output(self, x_t: Tensor, corruption: Corruption) -> Tensor:
         check_corruption(self, corruption)
         return _same_shape(self.fn(x_t), x_t, f"a denoiser ({self.prediction})")
+
+
+def denoised(prediction: str, output: Tensor, x_t: Tensor, a: float | int | Tensor, s: float | int | Tensor) -> Tensor:
+    """E[x | x_t] from what a network gives: x itself, (x_t - s eps) / a, (a x_t - s v) / (a^2 + s^2), (x_t - s u) / (a + s).
+
+    `a`, `s`: numbers, or tensors that broadcast against x_t.
+    """
+    if prediction == "x0":
+        return output
+    if prediction == "epsilon":
+        return (x_t - s * output) / a
+    if prediction == "v":
+        return (a * x_t - s * output) / (a**2 + s**2)
+    return (x_t - s * output) / (a + s)
 
 
 Model = Energy | Score | Denoiser

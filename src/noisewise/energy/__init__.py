@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "network": ["EnergyNet"],
         "normalizer": ["LogNormalizer", "bridge_sampling", "importance_sampling", "reverse_importance_sampling"],
         "reference": ["gaussian_reference", "student_t_reference"],
-        "training": ["EnergyFit", "fit_energy"],
+        "training": ["fit_energy"],
     },
 )

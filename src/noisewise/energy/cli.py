@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from noisewise.energy.mixture import MixtureScoreMatching
-    from noisewise.energy.training import EnergyFit
+    from noisewise.training import FitResult
 
 __all__ = ["EnergyMethod", "energy_app", "read_table"]
 
@@ -278,7 +278,7 @@ def _fit_dsm(
     return facts, "\n".join(lines)
 
 
-def _dsm_facts(result: "EnergyFit") -> dict[str, Any]:
+def _dsm_facts(result: "FitResult") -> dict[str, Any]:
     # none was made where the first step was interrupted
     looks = [entry for entry in result.history if entry["step"] == result.best_step]
     return {

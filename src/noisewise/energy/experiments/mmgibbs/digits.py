@@ -11,11 +11,12 @@ from noisewise.denoising.moments import gaussian_posterior, isotropic_variance
 from noisewise.energy.experiments.mmgibbs.learned import learned_gaussian
 from noisewise.energy.experiments.mmgibbs.systems import Drawn, Setup, gibbs_systems
 from noisewise.energy.network import EnergyNet
-from noisewise.energy.training import Plan, fit_energy
+from noisewise.energy.training import fit_energy
 from noisewise.errors import require
 from noisewise.metrics.distances import mmd2
 from noisewise.metrics.measurement import Measurement
 from noisewise.noise import Corruption
+from noisewise.training import Plan
 
 __all__ = ["digits", "digits_data", "trained_digits"]
 

@@ -14,7 +14,7 @@ from noisewise.denoising.models import Energy
 from noisewise.energy.experiments.mmgibbs.systems import KEPT, Drawn, Setup, fresh_generator, gibbs_systems
 from noisewise.energy.experiments.mmgibbs.toys import TOYS, Toy
 from noisewise.energy.network import EnergyNet
-from noisewise.energy.training import Fit, Plan, fit_energy
+from noisewise.energy.training import fit_energy
 from noisewise.metrics.distances import mmd2, wasserstein2
 from noisewise.metrics.floors import sample_floor
 from noisewise.metrics.measurement import Measurement
@@ -22,6 +22,7 @@ from noisewise.networks.mlp import MLP
 from noisewise.noise import Corruption
 from noisewise.sampling.denoising_gibbs import DenoisingGibbs
 from noisewise.sampling.loop import sample
+from noisewise.training import Fit, Plan
 from noisewise.typing import Cost
 
 __all__ = ["learned_energies", "learned_gaussian", "official"]
