@@ -1,0 +1,3 @@
+"""Diffusion models: what a pretrained one lacks."""
+
+__all__: list[str] = []
