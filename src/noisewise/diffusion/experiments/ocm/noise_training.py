@@ -47,7 +47,9 @@ def corrupt(
     return abar.sqrt().to(x) * x + (1 - abar).sqrt().to(x) * eps, eps
 
 
-def predict_noise(net: Any, x_t: Float[Tensor, "batch *event"], t: Int[Tensor, "*batch"]) -> Float[Tensor, "batch *event"]:
+def predict_noise(
+    net: Any, x_t: Float[Tensor, "batch *event"], t: Int[Tensor, "*batch"]
+) -> Float[Tensor, "batch *event"]:
     """The noise as `net` sees it; networks of diffusers wrap theirs."""
     output = net(x_t, t)
     return output if isinstance(output, Tensor) else output.sample
