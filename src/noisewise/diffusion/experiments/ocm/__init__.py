@@ -1,0 +1,3 @@
+"""What `noisewise compare ocm` runs."""
+
+__all__: list[str] = []
