@@ -86,8 +86,9 @@ METHODS = (
         "ocm",
         "OCM, optimal covariance matching",
         "diffusion",
-        "a pretrained diffusion model; better samples in few steps",
-        "arXiv 2406.10808",
+        "a diffusion model; likelihoods and samples in few steps",
+        "Ou et al., ICLR 2025, arXiv 2406.10808",
+        "noisewise.diffusion.experiments.ocm",
     ),
     Method(
         "mrconv",
