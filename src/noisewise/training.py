@@ -72,7 +72,7 @@ class Fit:
 
     `rows`: a tensor, or what has a length and gives a batch for a tensor of indices. `loss(net, batch, generator)`: a
     differentiable scalar. `counted`: the module whose rows are the bill, by default `net`. `accelerator`: accelerate's, for
-    many processes and mixed precision.
+    many processes and mixed precision. `measure`: the loss of held-out rows, by default `loss` itself.
     """
 
     net: nn.Module
@@ -81,6 +81,7 @@ class Fit:
     plan: Plan
     counted: nn.Module | None = None
     accelerator: Any = None
+    measure: Loss | None = None
     step: int = 0
     history: list[dict[str, float | None]] = field(default_factory=list)
     best_step: int = 0
@@ -196,7 +197,10 @@ class Fit:
             own = [weight.detach().clone() for weight in self.weights]
             self._set(self.average)
             parts = self.held_out[:_HELD_OUT_ROWS].split(_LOOK_ROWS)
-            total = sum(len(part) * float(self.loss(self.net, self._batch(part), fixed).detach()) for part in parts)
+            total = sum(
+                len(part) * float((self.measure or self.loss)(self.net, self._batch(part), fixed).detach())
+                for part in parts
+            )
             held = total / sum(map(len, parts))
             self._set(own)
         if held is None or (math.isfinite(held) and held < self.best_loss) or not self.best_step:

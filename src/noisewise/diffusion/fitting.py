@@ -15,7 +15,7 @@ from noisewise.diffusion.model import DiffusionModel, Prediction, as_diffusion_m
 from noisewise.diffusion.rows import Rows, Trajectories, as_rows
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, npr_target, ocm_target, sn_target
 from noisewise.errors import InvalidInput, require
-from noisewise.training import Fit, FitResult, Plan, check_share, fingerprint, run_fit
+from noisewise.training import Fit, FitResult, Loss, Plan, check_share, fingerprint, run_fit
 from noisewise.typing import Cost, check_count, check_positive
 
 __all__ = ["fit_covariance", "frozen"]
@@ -25,6 +25,8 @@ _KIND = "covariance fit"
 _GRID, _ROWS, _CHUNK = 100, 256, 64
 # below this a mean relative variance is rounding; only data-free tables, which may be negative, come near it
 _LEAST = 1e-5
+# share of the steps of "ocm_residual" that regress the network's derivative, before the residuals correct it
+_OCM_SHARE = 0.7
 # a fingerprint of the data looks at about so many numbers
 _FINGERPRINT = 2**20
 
@@ -58,7 +60,8 @@ def fit_covariance(
     trajectories. `noise_schedule`: the scheduler that the model was trained with.
     `objective`: "ocm" regresses the diagonal of the network's own derivative by `probes` random signs (backward passes);
     "residual_nll" the squared error of the predicted noise as a Gaussian likelihood, no backward pass, the better bound where
-    the network's mean is imperfect; "npr" the same by squared error; "sn" the squared noise; "vlb" a range between the two
+    the network's mean is imperfect; "ocm_residual" the first of both for 70 % of the steps, then the second, which adds the
+    error of the mean to what the derivative says; "npr" the same by squared error; "sn" the squared noise; "vlb" a range between the two
     fixed variances (improved DDPM); "analytic" trains nothing and only measures one number a level.
     `control_variate`: subtract from the probes what they would give for the covariance of the data ("ocm" with data).
     `patience`: looks at the held-out loss (25 in a fit) without a better one before the fit ends; 0 is never. `resume`: a
@@ -75,7 +78,7 @@ def fit_covariance(
         raise InvalidInput(f"objective must be one of {OBJECTIVES}, got {objective!r}")
     if data is None and objective != "ocm":
         raise InvalidInput(f"objective={objective!r} compares with clean data: give data=; only 'ocm' can go without")
-    if control_variate and (objective != "ocm" or data is None):
+    if control_variate and (objective not in ("ocm", "ocm_residual") or data is None):
         raise InvalidInput("control_variate=True belongs to objective='ocm' with data=, and would do nothing here")
     plan = Plan(
         steps=check_count("steps", steps),
@@ -96,8 +99,8 @@ def fit_covariance(
         raise InvalidInput(
             "objective='sn' learns E eps^2, from which eps_hat^2 is taken: it needs for_model(parity=True)"
         )
-    if head.config.parametrization == "linear" and objective == "residual_nll":
-        raise InvalidInput("objective='residual_nll' needs a positive variance: for_model(parity=False)")
+    if head.config.parametrization == "linear" and objective in ("residual_nll", "ocm_residual"):
+        raise InvalidInput(f"objective={objective!r} needs a positive variance: for_model(parity=False)")
     event = (head.config.channels, *head.config.event)
     with frozen(known.network):
         generator = torch.Generator(device=head.device).manual_seed(plan.seed + 1)
@@ -113,8 +116,18 @@ def fit_covariance(
             return FitResult(head, [], 0, 0, Cost(energies=calls))
         control = _control(known, rows, generator) if control_variate else None
         accelerator = accelerator or _accelerator(mixed_precision, head.device)
-        loss = _HeadLoss(known, head, objective, probes, control)
-        fit = Fit(head, rows, loss, plan, counted=known.network, accelerator=accelerator)
+        loss: Loss = _HeadLoss(known, head, objective, probes, control)
+        measure: Loss | None = None
+        if objective == "ocm_residual":
+            first, second = (_HeadLoss(known, head, part, probes, control) for part in ("ocm", "residual_nll"))
+            measure = second
+
+            def loss(module: Any, batch: Rows, own: torch.Generator) -> Tensor:
+                return (first if fit.step < _OCM_SHARE * plan.steps else second)(module, batch, own)
+
+        fit = Fit(
+            head, rows, loss, plan, counted=known.network, accelerator=accelerator, measure=measure
+        )  # fmt: skip
         result = run_fit(fit, _KIND, config, resume, limit, progress)
     head.eval()
     return result

@@ -20,7 +20,7 @@ ModelMixin = require("diffusers.models.modeling_utils", "diffusion").ModelMixin
 
 __all__ = ["OBJECTIVES", "CovarianceHead"]
 
-OBJECTIVES = ("ocm", "npr", "sn", "residual_nll", "vlb", "analytic")
+OBJECTIVES = ("ocm", "ocm_residual", "npr", "sn", "residual_nll", "vlb", "analytic")
 _KINDS = ("simple", "complex")
 # the least relative variance, as a share of the level's mean
 _FLOOR = 1e-3
@@ -181,7 +181,12 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def clean_variance(self, prediction: Prediction) -> Float[Tensor, "batch *event"]:
         """diag Cov[x0 | x_t] in units of x0^2, finite also where a = 0; for a linear map the level's mean stands in there."""
         mean = self._at("residual", prediction)
-        if self.config.parametrization == "softplus" and self.config.objective in ("ocm", "npr", "residual_nll"):
+        if self.config.parametrization == "softplus" and self.config.objective in (
+            "ocm",
+            "ocm_residual",
+            "npr",
+            "residual_nll",
+        ):
             return mean * _positive(self._raw(prediction))
         r = self.relative_variance(prediction)
         ratio = (prediction.s / prediction.a).square()

@@ -28,6 +28,7 @@ _TRAINING_ROWS = 20_000
 _GREYS = 17
 _COMMON = (
     "OCM",
+    "OCM, then residuals",
     "residual NLL",
     "OCM, linear (paper)",
     "OCM, linear, floor .01 at use",
@@ -40,7 +41,7 @@ _COMMON = (
 )
 _ON_MIXTURES = (*_COMMON, "Lanczos, rank 2", "probes, 16 a step", "exact diagonal", "exact matrix")
 _ON_IMAGES = (*_COMMON, "OCM, DCT", "Lanczos, rank 3")
-_QUICK = ("OCM", "residual NLL", "Analytic", "beta~", "beta")
+_QUICK = ("OCM", "OCM, then residuals", "Analytic", "beta~", "beta")
 
 
 def problems(scale: str, device: str) -> tuple[Problem, ...]:

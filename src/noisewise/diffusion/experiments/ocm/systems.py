@@ -26,6 +26,7 @@ __all__ = ["Drawn", "Setup", "covariance_systems", "solver_systems"]
 # objective and whether the map is the authors' unconstrained one
 _HEADS = {
     "OCM": ("ocm", False),
+    "OCM, then residuals": ("ocm_residual", False),
     "residual NLL": ("residual_nll", False),
     "OCM, linear (paper)": ("ocm", True),
     "NPR": ("npr", True),
