@@ -34,7 +34,9 @@ def test_import_loads_no_torch():
     assert loaded_by("import noisewise; noisewise.__version__", ("torch", "numpy", "matplotlib")) == []
 
 
-@pytest.mark.parametrize("package", ["sampling", "targets", "metrics", "denoising", "diffusion", "energy", "networks", "neural"])
+@pytest.mark.parametrize(
+    "package", ["sampling", "targets", "metrics", "denoising", "diffusion", "energy", "networks", "neural"]
+)
 def test_package_init_imports_nothing_heavy(package):
     assert loaded_by(f"import noisewise.{package}", ("torch", "matplotlib", "ot", "sklearn", "arviz", "jax")) == []
 
@@ -49,7 +51,9 @@ def test_every_public_name_exists(package):
         assert getattr(module, name) is not None
 
 
-@pytest.mark.parametrize("package", ["sampling", "targets", "metrics", "denoising", "diffusion", "energy", "networks", "neural"])
+@pytest.mark.parametrize(
+    "package", ["sampling", "targets", "metrics", "denoising", "diffusion", "energy", "networks", "neural"]
+)
 def test_no_file_hides_the_public_name_that_it_holds(package):
     # importing the file a/b.py sets the attribute b of a to the module, over a lazy re-export of the same name
     module = importlib.import_module(f"noisewise.{package}")

@@ -21,8 +21,8 @@ from noisewise.typing import Cost, check_count, check_positive
 __all__ = ["fit_covariance", "frozen"]
 
 _KIND = "covariance fit"
-# levels at which the tables of a head are measured, the rows at each, and how many of them at once
-_GRID, _ROWS, _CHUNK = 100, 256, 64
+# levels at which the tables of a head are measured, the least rows and entries at each, and how many rows at once
+_GRID, _ROWS, _ENTRIES, _CHUNK = 100, 256, 8192, 64
 # below this a mean relative variance is rounding; only data-free tables, which may be negative, come near it
 _LEAST = 1e-5
 # share of the steps of "ocm_residual" that regress the network's derivative, before the residuals correct it
@@ -58,11 +58,11 @@ def fit_covariance(
     `data`: clean events [row, *event] on the scale that the model was trained on, a Dataset of such events, or of tuples
     (x, class_labels) or of dicts whose other entries the network takes by name; None fits "ocm" on the model's own
     trajectories. `noise_schedule`: the scheduler that the model was trained with.
-    `objective`: "ocm" regresses the diagonal of the network's own derivative by `probes` random signs (backward passes);
-    "residual_nll" the squared error of the predicted noise as a Gaussian likelihood, no backward pass, the better bound where
-    the network's mean is imperfect; "ocm_residual" the first of both for 70 % of the steps, then the second, which adds the
-    error of the mean to what the derivative says; "npr" the same by squared error; "sn" the squared noise; "vlb" a range between the two
-    fixed variances (improved DDPM); "analytic" trains nothing and only measures one number a level.
+    `objective`: "ocm" regresses the diagonal of the network's own derivative by `probes` random signs (backward passes).
+    "residual_nll" fits the squared error of the predicted noise as a Gaussian likelihood, without a backward pass: the better
+    bound where the network's mean is imperfect. "ocm_residual" is the first for 70 % of the steps, then the second, which adds
+    the error of the mean to what the derivative says. "npr" is the same by squared error; "sn" the squared noise; "vlb" a range
+    between the two fixed variances (improved DDPM); "analytic" trains nothing and only measures one number a level.
     `control_variate`: subtract from the probes what they would give for the covariance of the data ("ocm" with data).
     `patience`: looks at the held-out loss (25 in a fit) without a better one before the fit ends; 0 is never. `resume`: a
     folder, from which the same call goes on to the identical result after a crash. `mixed_precision`: "no" or "bf16", for the
@@ -230,9 +230,10 @@ def _fill_tables(
             gamma.append(float(prediction.eps.square().mean()))
             prediction.free()
             continue
-        picked = torch.randint(len(rows), (min(_ROWS, len(rows)),), generator=generator, device=generator.device)
+        number = max(_ROWS, _ENTRIES // math.prod((head.config.channels, *head.config.event)))
+        picked = torch.randint(len(rows), (min(number, len(rows)),), generator=generator, device=generator.device)
         errors, squares = [], []
-        for index in picked.split(_CHUNK):
+        for index in picked.split(max(_CHUNK, number // 4)):
             with torch.no_grad():
                 prediction, clean, _ = noised(model, rows[index], generator, False, t=t)
             errors.append((clean - prediction.clean).square().flatten(1).double().mean(1))

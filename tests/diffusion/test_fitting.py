@@ -1,0 +1,231 @@
+import copy
+import math
+
+import pytest
+import torch
+from diffusion_nets import GaussianNoise, linear_levels
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from noisewise.diffusion import CovarianceHead, fit_covariance, fitting
+from noisewise.diffusion.model import DiffusionModel
+from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, ocm_target
+from noisewise.errors import InvalidInput, RunFolderError
+
+LEVELS = linear_levels()
+COVARIANCE = torch.tensor([[1.0, 0.3], [0.3, 0.25]], dtype=torch.float64)
+
+
+def gaussian():
+    return GaussianNoise(COVARIANCE).eval()
+
+
+def data(n=4000, seed=0):
+    root = torch.linalg.cholesky(COVARIANCE)
+    draws = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (draws @ root.T).float()
+
+
+def head_of(net, **options):
+    return CovarianceHead.for_model(
+        net, options.pop("kind", "complex"), noise_schedule=LEVELS, site="out", event=(2,), features=16, **options
+    )
+
+
+def fit(net, head, rows=None, objective="ocm", **options):
+    settings = {"steps": 30, "batch_size": 64, "noise_schedule": LEVELS} | options
+    return fit_covariance(net, head, rows, objective, **settings)
+
+
+def relative(head, net, t, n=200):
+    model = DiffusionModel(net, LEVELS, "out")
+    a, s = LEVELS.pair(t)
+    x_t = a * data(n, 5) + s * torch.randn(n, 2, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        return head.relative_variance(model.predict(x_t, t)).double().mean(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ocm", "ocm_residual", "npr", "residual_nll"])
+def test_every_objective_learns_the_diagonal_of_a_gaussian(objective):
+    net = gaussian()
+    head = head_of(net)
+    fit(net, head, data(), objective, steps=5000 if objective == "npr" else 1500, batch_size=256, learning_rate=3e-3)
+    for t in (20, 100, 300, 600):
+        truth = net.relative(t).diagonal()
+        found = relative(head, net, t)
+        # squared residuals are noisier than probes: a target with a relative deviation of sqrt(2), at every level
+        rtol = 0.08 if objective == "ocm" else 0.15
+        assert torch.allclose(found, truth, rtol=rtol, atol=2e-3), (t, found, truth)
+
+
+def test_tables_are_the_closed_forms_of_a_gaussian():
+    net = gaussian()
+    head = head_of(net)
+    fit(net, head, data(20_000), "analytic")
+    for t in (0, 111, 500, 999):
+        a, s = LEVELS.pair(t)
+        ratio = float(net.relative(t).diagonal().mean())
+        # a mean of squares of 4096 rows of 2 correlated entries has a relative error of at most sqrt(2 / 4096)
+        assert float(head.residual[t]) == pytest.approx(ratio * (s / a) ** 2, rel=4 * math.sqrt(2 / 4096))
+        assert float(head.gamma[t]) == pytest.approx(1 - ratio, abs=4 * math.sqrt(2 / 4096))
+
+
+def test_a_fresh_head_says_the_mean_of_the_level_and_stays_positive():
+    net = gaussian()
+    head = head_of(net)
+    fit(net, head, data(), "ocm", steps=1)
+    model = DiffusionModel(net, LEVELS, "out")
+    prediction = model.predict(data(50), 300)
+    with torch.no_grad():
+        r = head.relative_variance(prediction)
+    assert torch.allclose(r, (head.mean_ratio(prediction) * 1.001).expand_as(r), rtol=1e-2)
+    with torch.no_grad():
+        head.out.bias.fill_(-50.0)
+        assert bool((head.relative_variance(prediction) > 0).all())
+
+
+def test_the_model_is_left_as_it_was():
+    net = gaussian().train()
+    net.scale.requires_grad_(True)
+    before = copy.deepcopy(net.state_dict())
+    fit(net, head_of(net), data())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training
+    assert net.dropout.training
+    assert net.scale.requires_grad
+    assert net.scale.grad is None
+
+
+def test_dropout_is_off_during_a_fit():
+    heads = []
+    for mode in (True, False):
+        net = gaussian().train(mode)
+        heads.append(head_of(net))
+        fit(net, heads[-1], data())
+    assert all(torch.equal(a, b) for a, b in zip(heads[0].parameters(), heads[1].parameters(), strict=True))
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
+    net = gaussian()
+    whole, parts = head_of(net), head_of(net)
+    fit(net, whole, data(), "ocm_residual", steps=40)
+    for _ in range(200):
+        parts = head_of(net)
+        result = fit(net, parts, data(), "ocm_residual", steps=40, max_seconds=0.1, resume=tmp_path / "run")
+        if result.steps == 40:
+            break
+    assert result.steps == 40
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert torch.equal(whole.residual, parts.residual)
+    with pytest.raises(RunFolderError, match="probes=1"):
+        fit(net, head_of(net), data(), "ocm_residual", steps=40, probes=2, resume=tmp_path / "run")
+
+
+def test_rows_through_the_model_are_counted_and_one_backward_pass_a_step():
+    net = gaussian()
+    calls = []
+    hook = net.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    head = head_of(net)
+    result = fit(net, head, data(), steps=10, validation=0.0)
+    hook.remove()
+    tables = 100 * 4000
+    assert result.cost.gradients == 10 * 64
+    assert sum(calls) == tables + 10 * 64
+
+
+def test_without_data_it_learns_from_its_own_trajectories():
+    net = gaussian()
+    head = head_of(net)
+    fit(net, head, None, steps=600, batch_size=256, learning_rate=3e-3)
+    for t in (100, 400):
+        truth = net.relative(t).diagonal()
+        assert torch.allclose(relative(head, net, t), truth, rtol=0.25, atol=5e-3)
+
+
+def test_patience_ends_a_fit():
+    net = gaussian()
+    result = fit(net, head_of(net), data(), steps=400, patience=1, learning_rate=1e-9)
+    assert result.steps < 400
+
+
+def test_datasets_of_items_give_what_a_tensor_gives():
+    net = gaussian()
+    rows = data(64)
+    heads = []
+    for form in (rows, TensorDataset(rows), [{"x": row} for row in rows], rows.numpy()):
+        heads.append(head_of(net))
+        fit(net, heads[-1], form, steps=4)
+    for head in heads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(heads[0].parameters(), head.parameters(), strict=True))
+
+
+def test_class_labels_reach_the_network():
+    class Labelled(GaussianNoise):
+        def forward(self, x, t, class_labels=None):
+            self.seen = class_labels
+            return super().forward(x, t)
+
+    net = Labelled(COVARIANCE).eval()
+    fit(net, head_of(net), (data(64), torch.arange(64)), steps=2)
+    assert net.seen is not None
+    assert net.seen.shape == (3,)  # the last look at 5 % of 64 rows
+
+
+def test_the_control_variate_keeps_the_mean_and_never_adds_variance():
+    net = gaussian()
+    model = DiffusionModel(net, LEVELS, "out")
+    rows = data()
+    spectrum = along_axes(rows, [dct_basis(2, rows)]).square().mean(0)
+    t = 300
+    prediction = model.predict(data(2000, 3), t, graph=True)
+    control = DataCovariance(spectrum, torch.zeros(1000, dtype=torch.float64))
+    c = control.fit_coefficient(prediction, 8, torch.Generator().manual_seed(0))
+    control.coefficients = torch.full((1000,), c, dtype=torch.float64)
+    plain = ocm_target(prediction, 1, torch.Generator().manual_seed(1))
+    controlled = ocm_target(prediction, 1, torch.Generator().manual_seed(1), control)
+    truth = net.relative(t).diagonal()
+    error = 4 * float(plain.std()) / 2000**0.5
+    assert torch.allclose(controlled.double().mean(0), truth, atol=error)
+    assert float(controlled.var(0).sum()) <= float(plain.var(0).sum()) * 1.001
+
+
+def test_it_fits_with_accelerate_in_bfloat16_with_targets_in_float32():
+    net = gaussian()
+    head = head_of(net)
+    result = fit(net, head, data(), mixed_precision="bf16", steps=5)
+    assert result.steps == 5
+    assert all(p.dtype == torch.float32 and bool(torch.isfinite(p).all()) for p in head.parameters())
+
+
+def test_bad_input_is_named(shapes_unchecked):
+    net = gaussian()
+    head = head_of(net)
+    cases = [
+        ({"objective": "ocn"}, "got 'ocn'"),
+        ({"rows": None, "objective": "npr"}, "give data="),
+        ({"rows": None, "objective": "ocm", "control_variate": True}, "control_variate"),
+        ({"rows": torch.zeros(40, 3)}, r"shape \(2,\)"),
+        ({"rows": torch.full((40, 2), math.nan)}, "40 of 40 rows"),
+        ({"rows": data(4)}, "at least 8 rows"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"probes": 0}, "probes"),
+        ({"mixed_precision": "fp8"}, "fp8"),
+        ({"noise_schedule": linear_levels(500)}, "another noise schedule"),
+        ({"objective": "sn"}, "parity=True"),
+        ({"noise_schedule": None}, "noise_schedule"),
+    ]
+    for options, message in cases:
+        settings = {"rows": data(64)} | options
+        with pytest.raises(InvalidInput, match=message):
+            fit(net, head, **settings)
+    with pytest.raises(InvalidInput, match=r"parity=False|positive"):
+        fit(net, head_of(net, parity=True), data(64), "residual_nll")
+    with pytest.raises(InvalidInput, match="made for a GaussianNoise"):
+        fit(nn.Linear(2, 2), head, data(64))
+    with pytest.raises(InvalidInput, match="cancels"):
+        fit(gaussian().half(), head, data(64))
+
+
+def test_it_is_exported_lazily():
+    assert fitting.fit_covariance is fit_covariance
