@@ -228,14 +228,14 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, folder: Any, **options: Any) -> "CovarianceHead":
-        """As `ModelMixin.from_pretrained`; raises `RunFolderError` for the folder of another class."""
+        """As `ModelMixin.from_pretrained`; raises `RunFolderError` for the folder of another class, and an incomplete one."""
         try:
             found = cls.load_config(folder).get("_class_name")
+            if found == cls.__name__:
+                return super().from_pretrained(folder, **options)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{folder} holds no saved CovarianceHead: {error}") from error
-        if found != cls.__name__:
-            raise RunFolderError(f"{folder} holds a saved {found!r}, not a CovarianceHead: load it with its own class")
-        return super().from_pretrained(folder, **options)
+        raise RunFolderError(f"{folder} holds a saved {found!r}, not a CovarianceHead: load it with its own class")
 
 
 def _positive(o: Tensor) -> Tensor:

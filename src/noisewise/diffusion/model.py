@@ -78,10 +78,11 @@ class DiffusionModel:
 
         Raises `InvalidInput` for an output of another shape, and for a time step outside the schedule.
         """
-        index = self.levels.index(t, len(x_t), x_t.device)
-        a, s = self.levels.at(index, x_t)
         with torch.inference_mode(False), torch.set_grad_enabled(graph), watch(self.network, self.site) as seen:
-            leaf = (x_t.clone() if x_t.is_inference() else x_t.detach()).requires_grad_(graph)
+            index = self.levels.index(_plain(t), len(x_t), x_t.device)
+            a, s = self.levels.at(index, _plain(x_t))
+            leaf = _plain(x_t).detach().requires_grad_(graph)
+            conditions = {name: _plain(value) for name, value in conditions.items()}
             output = tensor_of(self.network(leaf, index, **conditions))
             output = first_channels(output, leaf, self.levels.learned_variance or declares_variance(self.network, leaf))
             clean = denoised(PREDICTIONS[self.levels.prediction], output, leaf, a, s)
@@ -91,6 +92,11 @@ class DiffusionModel:
         eps = output.detach() if self.levels.prediction == "epsilon" else (x_t - a * found) / s
         features = None if self.site is None else seen[-1]
         return Prediction(x_t, index, found, eps, a, s, features, leaf if graph else None, clean if graph else None)
+
+
+def _plain(value: Any) -> Any:
+    # a graph cannot keep tensors of inference mode
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def as_diffusion_model(model: Any, noise_schedule: Any, site: str | None = None) -> DiffusionModel:

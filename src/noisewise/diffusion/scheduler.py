@@ -51,7 +51,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     still stochastic, through the covariance). `timestep_spacing`: diffusers' three or the authors' "linear", "power",
     "linear_ddim", "quad_ddim". `max_variance`: largest variance of an entry of x0, by default `clip_sample_range`^2 where
     samples are clipped and none elsewhere. `floor`: least r, for heads that are not positive. `noise_clip`: in the step into
-    the last level before the data, at most so many grey levels of mean absolute noise (the authors' 1 or 2; 0 is off).
+    the last level before the data, at most so many grey levels of mean absolute noise (the authors' 1 or 2; 0 is off; not for
+    operators).
     `needs_covariance`: refuse a step without one, set by `attach`. Without a covariance a step has `variance_type`, as DDPM's.
     Source: Ou et al., ICLR 2025, arXiv 2406.10808; Bao et al., arXiv 2201.06503.
     """
@@ -64,24 +65,24 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
+        beta_start: float | int = 0.0001,
+        beta_end: float | int = 0.02,
         beta_schedule: str = "linear",
         trained_betas: Any = None,
         variance_type: str = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
+        dynamic_thresholding_ratio: float | int = 0.995,
+        clip_sample_range: float | int = 1.0,
+        sample_max_value: float | int = 1.0,
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-        eta: float | None = None,
-        max_variance: float | None = None,
-        floor: float = 0.0,
-        noise_clip: float = 0.0,
+        eta: float | int | None = None,
+        max_variance: float | int | None = None,
+        floor: float | int = 0.0,
+        noise_clip: float | int = 0.0,
         needs_covariance: bool = False,
     ) -> None:
         if timestep_spacing not in _SPACINGS:
@@ -167,7 +168,11 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             assert num_inference_steps is not None
             rising = step_schedule(total, num_inference_steps, self.config.timestep_spacing)
             offset = self.config.steps_offset if self.config.timestep_spacing == "leading" else 0
-            visited = [min(t - 1 + offset, total - 1) for t in reversed(rising)]
+            visited = [t - 1 + offset for t in reversed(rising)]
+            if not 0 <= offset < total - max(rising) + 1:
+                raise InvalidInput(
+                    f"steps_offset={offset} moves {num_inference_steps} steps beyond the last of 0 .. {total - 1}: take fewer"
+                )
         self.num_inference_steps = len(visited)
         self.timesteps = torch.tensor(visited, device=device)
         self._cut = [0, 0]
@@ -341,6 +346,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             variance = (step.variance + step.gain**2 * given.to(mean)).clamp(max=cap)
             return variance.sqrt() * drawn, variance
         operator, scale = given
+        if self.config.noise_clip:
+            raise InvalidInput("noise_clip cuts variances of pixels, which an operator does not have: noise_clip=0")
         if isinstance(generator, list):
             raise InvalidInput("a covariance operator draws the whole batch at once: give one generator, not a list")
         own = generator if generator is not None else torch.Generator(mean.device).manual_seed(_from_global())

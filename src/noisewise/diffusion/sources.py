@@ -5,7 +5,7 @@ tensor of variances in the shape of x_t, or a `Covariance` operator on flattened
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Source(Protocol):
     """What says Cov[x0 | x_t]; `graph`: whether it needs a prediction that keeps its graph."""
 
@@ -84,7 +85,7 @@ class LanczosSource:
 
     rank: int
     generator: torch.Generator
-    largest: float | None = None
+    largest: float | int | None = None
     graph: bool = True
 
     def __call__(self, prediction: Prediction, previous: int | None = None) -> KrylovCovariance:
