@@ -34,7 +34,7 @@ def dit(seed=0, out_channels=8):
     torch.manual_seed(seed)
     net = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=out_channels, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10,
+        patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
     return net.eval()
 
@@ -67,13 +67,14 @@ class GaussianNoise(nn.Module):
         self.levels = levels
         self.mean = nn.Parameter(mean.double())
         self.covariance = nn.Parameter(covariance.double())
+        self.end = nn.Identity()  # a site
 
     def forward(self, x, t):
         flat = x.flatten(1).double()
         a, s = self.levels.at(t, flat)
         eye = torch.eye(flat.shape[1], dtype=torch.float64)
         noisy = a[..., None] ** 2 * self.covariance + s[..., None] ** 2 * eye
-        return (s * torch.linalg.solve(noisy, flat - a * self.mean)).reshape(x.shape).to(x)
+        return self.end((s * torch.linalg.solve(noisy, flat - a * self.mean)).reshape(x.shape).to(x))
 
 
 def posterior_covariance(covariance, a, s):

@@ -57,6 +57,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     Source: Ou et al., ICLR 2025, arXiv 2406.10808; Bao et al., arXiv 2201.06503.
     """
 
+    # a saved pipeline names this module, which must be imported before it is loaded: `import noisewise` is enough
+    __module__ = "noisewise"
     _compatibles: list[str] = ["DDPMScheduler", "DDIMScheduler"]
     order = 1
     init_noise_sigma = 1.0
@@ -239,9 +241,14 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """a x0 + s eps at time steps [batch]."""
         return self._like.add_noise(original_samples, noise, timesteps)
 
-    def attach_source(self, source: Callable[[Tensor, int], Any] | None) -> None:
+    def attach_source(self, source: Callable[[Tensor, int], Any]) -> None:
         """What `attach` gives: a function of the sample and its time step, with Cov[x0 | x_t] in units of x0^2."""
         self._source = source
+
+    def detach_source(self, source: Callable[[Tensor, int], Any]) -> None:
+        """Forget `source`, unless another was attached since."""
+        if self._source == source:
+            self._source = None
 
     # --- parts of a step
 
