@@ -174,10 +174,16 @@ def test_other_networks_say_where_their_features_are():
             CovarianceHead.for_model(net, noise_schedule=scheduler, site="lst", **options)
         with pytest.raises(InvalidInput, match="event="):
             CovarianceHead.for_model(net, noise_schedule=scheduler, site="last")
+    unused = Vectors()
+    unused.spare = nn.Linear(5, 3)
+    with pytest.raises(InvalidInput, match="did not call its module 'spare'"):
+        as_diffusion_model(unused, scheduler, "spare").predict(noisy(5, 3), 20)
     odd = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
     with pytest.raises(InvalidInput, match="features="):
         CovarianceHead.for_model(odd, noise_schedule=scheduler, site="1", event=(3,))
-    assert CovarianceHead.for_model(odd, noise_schedule=scheduler, site="1", event=(3,), features=5).out.in_features == 5
+    assert (
+        CovarianceHead.for_model(odd, noise_schedule=scheduler, site="1", event=(3,), features=5).out.in_features == 5
+    )
     with pytest.raises(InvalidInput, match="3 axes"):
         CovarianceHead.for_model(Films(), noise_schedule=scheduler, site="last", event=(2, 3, 4, 4, 4))
 
@@ -251,6 +257,10 @@ def test_a_head_knows_its_network_and_its_schedule():
             head.check_model(net, other.levels)
     # of the same schedule under another class of scheduler
     head.check_model(net, NoiseLevels.from_scheduler(DDPMScheduler(num_train_timesteps=50, beta_end=0.2)))
+    # of tables that another machine has rounded otherwise
+    abar = scheduler.alphas_cumprod.double()
+    rounded = abar * (1 + 1e-7 * torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    head.check_model(net, NoiseLevels.from_alphas_cumprod(rounded))
     torch.manual_seed(0)
     broad = UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), layers_per_block=1, norm_num_groups=4,
@@ -303,4 +313,6 @@ def test_products_need_a_graph_and_a_network_that_has_a_derivative():
     with torch.inference_mode():
         inner = as_diffusion_model(net, scheduler).predict(noisy(2, 3), torch.tensor([20, 20]), True)
         wanted = inner.product(torch.ones(2, 3))
-    torch.testing.assert_close(as_diffusion_model(net, scheduler).predict(x, 20, True).product(torch.ones(2, 3)), wanted)
+    torch.testing.assert_close(
+        as_diffusion_model(net, scheduler).predict(x, 20, True).product(torch.ones(2, 3)), wanted
+    )

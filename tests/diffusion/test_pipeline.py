@@ -22,7 +22,9 @@ def seeded(seed=0):
 
 def drawn(pipeline, steps=4, seed=0, **options):
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(batch_size=2, num_inference_steps=steps, generator=seeded(seed), output_type="np", **options).images
+    images = pipeline(
+        batch_size=2, num_inference_steps=steps, generator=seeded(seed), output_type="np", **options
+    ).images
     return torch.as_tensor(images).permute(0, 3, 1, 2)
 
 

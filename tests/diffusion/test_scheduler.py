@@ -72,7 +72,9 @@ def test_a_step_is_the_published_update(eta, clip, dtype, tolerance):
         wanted = published(scheduler, x, eps, t, s, eta, clip, r, noise)
         for value, truth in zip((found.prev_sample, found.pred_original_sample, found.variance), wanted, strict=True):
             # relative to the largest term: without clipping x0 is a difference of numbers of about 12
-            torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=tolerance * max(1, truth.abs().max()))
+            torch.testing.assert_close(
+                value.double(), truth, rtol=tolerance, atol=tolerance * max(1, truth.abs().max())
+            )
     last = scheduler.step(eps, visited[-1], x, generator=seeded())
     torch.testing.assert_close(last.prev_sample, last.pred_original_sample, rtol=tolerance, atol=tolerance)
     assert last.variance is None
@@ -182,6 +184,10 @@ def test_from_pure_noise_the_variance_is_that_of_the_data_and_nothing_is_nan(eta
         for t in scheduler.timesteps:
             step = scheduler.step(v, t, x, covariance=torch.full_like(x, 0.3), generator=seeded())
             assert bool(torch.isfinite(step.prev_sample).all())
+            operator = DiagonalCovariance(torch.full_like(x, 0.3).flatten(1))
+            assert bool(
+                torch.isfinite(scheduler.step(v, t, x, covariance=operator, generator=seeded()).prev_sample).all()
+            )
             if t == T - 1:
                 torch.testing.assert_close(step.pred_original_sample, (-v).clamp(-1, 1) if not options else -v)
                 a_s, s_s = scheduler.levels.pair(scheduler.previous_timestep(int(t)))
@@ -355,6 +361,8 @@ def test_configurations_of_other_families_are_refused():
             CovarianceScheduler.from_config(other.config)
     with pytest.raises(InvalidInput, match="use_karras_sigmas"):
         CovarianceScheduler.from_config(DPMSolverMultistepScheduler(use_karras_sigmas=True).config)
+    solver = CovarianceScheduler.from_config(DPMSolverMultistepScheduler(beta_end=0.03).config)
+    assert (solver.config.beta_end, solver.config.variance_type) == (0.03, "fixed_small")
     read = CovarianceScheduler.from_config(DDIMScheduler(beta_end=0.03, clip_sample=False).config, eta=0.5)
     assert (read.config.beta_end, read.config.clip_sample, read.config.eta) == (0.03, False, 0.5)
     # DDIM's own default never visits the last level

@@ -182,6 +182,41 @@ def test_draws_with_the_whole_matrix_have_the_moments_of_gaussian_data(eta, shap
     assert float(torch.cov(narrow.T).trace()) < 0.9 * float(CORRELATED.trace())
 
 
+@pytest.mark.parametrize("covariance", ["lanczos", "probes"])
+def test_sampling_from_pure_noise_starts_with_the_variance_of_data(covariance):
+    scheduler = schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
+    levels = scheduler.levels
+    assert levels.pair(49) == (0.0, 1.0)
+
+    class Velocity(GaussianNoise):
+        def forward(self, x, t):
+            a, s = levels.at(t, x)
+            gain = a / (a**2 * 0.3 + s**2)
+            return (a - gain * 0.3) / s * x  # v of N(0, 0.3 I): a eps - s x0
+
+    net = Velocity(levels, torch.zeros(3), 0.3 * torch.eye(3))
+    model = DiffusionModel(net, levels)
+    prediction = model.predict(torch.ones(2, 3, dtype=torch.float64), 49, True)
+    source = as_source(covariance, seeded())
+    assert torch.equal(source(prediction), torch.ones(2, 3, dtype=torch.float64))
+    n = 4000
+    scheduler.set_timesteps(timesteps=list(range(49, -1, -1)))
+    x = generate(net, scheduler, (n, 3), None, covariance, probes=1)
+    assert bool(((x.var(0) / 0.3 - 1).abs() < 4 * math.sqrt(2 / n)).all())
+
+
+@pytest.mark.parametrize("covariance", ["lanczos", "probes", "head", None])
+def test_half_precision_networks_are_asked_in_their_own_precision(covariance):
+    net, scheduler = unet(), schedule(clip_sample=False)
+    head = head_for(net, scheduler)
+    wide = generate(net, scheduler, (2, 1, 8, 8), 4, head if covariance == "head" else covariance, probes=1)
+    half = generate(
+        net.to(torch.bfloat16), scheduler, (2, 1, 8, 8), 4, head if covariance == "head" else covariance, probes=1
+    )
+    assert (wide.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert bool(torch.isfinite(half).all())
+
+
 # --- the DCT
 
 

@@ -122,6 +122,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """As diffusers', but a configuration of another family is refused instead of read past."""
         if isinstance(config, dict):
             name = config.get("_class_name", "")
+            if config.get("variance_type", "") is None:
+                kwargs.setdefault("variance_type", "fixed_small")  # solvers of the ODE have none
             foreign = [key for key in _FOREIGN if config.get(key) not in (None, False)]
             if (
                 "prediction_type" not in config
@@ -232,10 +234,10 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = None
         if source is not None and previous is not None:
             given = self._scaled(source(prediction, previous), t)
-        x_t, clean, eps = prediction.x_t, prediction.clean, prediction.eps
-        moved = self._moved(x_t, clean, eps, t, given, None, generator, x_t.dtype, False)[0]
+        clean, eps, dtype = prediction.clean, prediction.eps, prediction.x_t.dtype
+        moved = self._moved(prediction.x_t.to(clean), clean, eps, t, given, None, generator, dtype, False)[0]
         prediction.free()
-        return moved
+        return moved.to(dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """a x0 + s eps at time steps [batch]."""
@@ -306,15 +308,15 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     "or step(..., covariance=r)"
                 )
             return None
-        if not isinstance(covariance, Tensor):
-            return covariance, (s / a) ** 2 if a > 0 else self._largest
-        if covariance.shape != sample.shape:
+        if isinstance(covariance, Tensor) and covariance.shape != sample.shape:
             raise InvalidInput(
                 f"covariance must have the shape of the sample, {tuple(sample.shape)}, got {tuple(covariance.shape)}"
             )
         if a == 0:
             # nothing is known of x0 there, and r is 0 / 0 of it: the variance of the data, or its bound
-            return torch.full_like(covariance, self._largest if math.isfinite(self._largest) else 1.0)
+            return torch.full_like(sample, self._largest if math.isfinite(self._largest) else 1.0)
+        if not isinstance(covariance, Tensor):
+            return covariance, (s / a) ** 2
         return self._bounded(covariance.to(torch.promote_types(covariance.dtype, torch.float32)) * (s / a) ** 2, t)
 
     @property

@@ -72,7 +72,9 @@ class ProbeSource:
         check_count("probes", self.probes)
 
     def __call__(self, prediction: Prediction, previous: int | None = None) -> Float[Tensor, "batch *event"]:
-        """diag Cov[x0 | x_t], which may be negative where probes are few or the network is no score."""
+        """diag Cov[x0 | x_t], which may be negative where probes are few or the network is no score; 1 at pure noise."""
+        if not bool((prediction.a > 0).all()):
+            return torch.ones_like(prediction.clean)
         r = ocm_target(prediction, self.probes, self.generator)
         prediction.free()
         return r * (prediction.s / prediction.a).square()
@@ -94,8 +96,10 @@ class LanczosSource:
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
 
-    def __call__(self, prediction: Prediction, previous: int | None = None) -> KrylovCovariance:
-        """Cov[x0 | x_t] as an operator on flattened events; its draws keep the prediction's graph alive."""
+    def __call__(self, prediction: Prediction, previous: int | None = None) -> Tensor | KrylovCovariance:
+        """Cov[x0 | x_t] as an operator on flattened events, whose draws keep the prediction's graph alive; 1 at pure noise."""
+        if not bool((prediction.a > 0).all()):
+            return torch.ones_like(prediction.clean)
         flat = prediction.clean.flatten(1)
         shape = prediction.clean.shape
         scale = (prediction.s / prediction.a).square()
