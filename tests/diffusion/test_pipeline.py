@@ -55,6 +55,22 @@ def test_a_pipeline_draws_what_generate_draws_with_one_network_call_a_step(eta):
         drawn(pipeline)
 
 
+def test_a_half_precision_pipeline_draws_what_generate_draws():
+    net, scheduler = unet().to(torch.bfloat16), schedule()
+    head = head_for(net, scheduler)
+    assert head.dtype == torch.float32
+    pipeline = DDPMPipeline(net, scheduler)
+    attachment = attach(pipeline, head, scheduler)
+    pipeline.scheduler.set_timesteps(4)
+    generator = seeded()
+    x = torch.randn(2, 1, 8, 8, generator=generator, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t).sample, t, x, generator=generator).prev_sample
+    attachment.detach()
+    assert torch.equal(x, generate(net, scheduler, (2, 1, 8, 8), 4, head))
+
+
 def test_the_default_scheduler_reads_the_pipelines_own():
     pipeline = DDPMPipeline(unet(), DDPMScheduler(num_train_timesteps=50, beta_end=0.2, clip_sample=False))
     head = head_for(pipeline.unet, schedule())

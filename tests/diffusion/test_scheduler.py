@@ -1,21 +1,30 @@
 """Steps of the scheduler against the published update rules, diffusers' own schedulers, and what must be refused."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UnCLIPScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
 from tiny_networks import schedule
 
 from noisewise.denoising.covariance import DiagonalCovariance
 from noisewise.diffusion import CovarianceScheduler
+from noisewise.diffusion.steps import step_schedule
 from noisewise.errors import InvalidInput, NoisewiseWarning
 
 T = 50
@@ -66,7 +75,7 @@ def test_a_step_is_the_published_update(eta, clip, dtype, tolerance):
     scheduler.set_timesteps(5)
     x, eps = state(dtype)
     visited = scheduler.timesteps.tolist()
-    for t, s in zip(visited, visited[1:], strict=False):
+    for t, s in itertools.pairwise(visited):
         noise, r = randn_tensor(x.shape, generator=seeded(), dtype=dtype), ratio(scheduler, t, x)
         found = scheduler.step(eps, t, x, covariance=r, generator=seeded())
         wanted = published(scheduler, x, eps, t, s, eta, clip, r, noise)
@@ -221,7 +230,7 @@ def test_an_operator_moves_like_its_matrix():
     n = 4000
     x, eps = (value.expand(n, -1) for value in state(shape=(1, 2)))
     r = torch.tensor([0.2, 0.7], dtype=torch.float64).expand(n, 2)
-    t, s = scheduler.timesteps.tolist()[1:3]
+    t = scheduler.timesteps[1]
     by_matrix = scheduler.step(eps, t, x, covariance=DiagonalCovariance(r), generator=seeded()).prev_sample
     by_numbers = scheduler.step(eps, t, x, covariance=r, generator=seeded())
     for draws in (by_matrix, by_numbers.prev_sample):
@@ -243,6 +252,40 @@ def test_events_of_any_rank_are_rows_of_pixels(shape):
     found = scheduler.step(eps, t, x, covariance=r, generator=seeded())
     flat = scheduler.step(eps.flatten(1), t, x.flatten(1), covariance=r.flatten(1), generator=seeded())
     torch.testing.assert_close(found.prev_sample.flatten(1), flat.prev_sample)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "linear", "power", "linear_ddim", "quad_ddim"])
+def test_time_steps_are_those_of_the_schedule_counted_from_zero(spacing):
+    scheduler = schedule(1000, beta_end=0.02, timestep_spacing=spacing)
+    scheduler.set_timesteps(10)
+    rising = [t + 1 for t in reversed(scheduler.timesteps.tolist())]
+    assert rising == step_schedule(1000, 10, spacing)
+    # every one is followed by the next, the last by the data
+    follow = [scheduler.previous_timestep(t) for t in scheduler.timesteps.tolist()]
+    assert follow == [*scheduler.timesteps.tolist()[1:], None]
+
+
+def test_a_tuple_holds_the_state_and_x0():
+    scheduler = schedule(T)
+    scheduler.set_timesteps(5)
+    x, eps = state()
+    found = scheduler.step(eps, 49, x, generator=seeded())
+    state_and_clean = scheduler.step(eps, 49, x, generator=seeded(), return_dict=False)
+    assert torch.equal(state_and_clean[0], found.prev_sample)
+    assert torch.equal(state_and_clean[1], found.pred_original_sample)
+
+
+def test_dynamic_thresholding_is_diffusers_own():
+    options = {"num_train_timesteps": T, "beta_end": 0.2, "thresholding": True, "dynamic_thresholding_ratio": 0.8}
+    theirs, ours = DDPMScheduler(**options), CovarianceScheduler(**options)
+    theirs.set_timesteps(T)
+    ours.set_timesteps(T)
+    x, eps = state(torch.float32)
+    for t in (49, 20, 0):
+        wanted = theirs.step(eps, t, x, generator=seeded())
+        found = ours.step(eps, t, x, generator=seeded())
+        torch.testing.assert_close(found.pred_original_sample, wanted.pred_original_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.prev_sample, wanted.prev_sample, rtol=1e-5, atol=1e-5)
 
 
 def test_generators_by_row_draw_what_each_row_draws_alone():
@@ -359,6 +402,10 @@ def test_configurations_of_other_families_are_refused():
     for other in (FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler()):
         with pytest.raises(InvalidInput):
             CovarianceScheduler.from_config(other.config)
+    with pytest.raises(InvalidInput, match="no noise schedule"):
+        CovarianceScheduler.from_config(UnCLIPScheduler().config)
+    with pytest.raises(InvalidInput, match="snr_shift_scale"):
+        CovarianceScheduler.from_config(CogVideoXDDIMScheduler().config)
     with pytest.raises(InvalidInput, match="use_karras_sigmas"):
         CovarianceScheduler.from_config(DPMSolverMultistepScheduler(use_karras_sigmas=True).config)
     solver = CovarianceScheduler.from_config(DPMSolverMultistepScheduler(beta_end=0.03).config)
@@ -367,6 +414,37 @@ def test_configurations_of_other_families_are_refused():
     assert (read.config.beta_end, read.config.clip_sample, read.config.eta) == (0.03, False, 0.5)
     # DDIM's own default never visits the last level
     assert read.config.timestep_spacing == "linspace"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DDPMScheduler,
+        DDIMScheduler,
+        PNDMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LCMScheduler,
+    ],
+)
+def test_schedules_of_other_schedulers_are_read_to_the_last_bit_with_their_own_defaults(kind):
+    for options in ({}, {"beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "linear"}):
+        other = kind(**options)
+        read = CovarianceScheduler.from_config(other.config)
+        assert torch.equal(read.alphas_cumprod, other.alphas_cumprod)
+        assert read.config.prediction_type == other.config.prediction_type
+
+
+def test_its_own_configuration_is_read_whole():
+    scheduler = schedule(T, eta=0.5, timestep_spacing="power", noise_clip=1, variance_type="fixed_large")
+    again = CovarianceScheduler.from_config(scheduler.config)
+    assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
+        k: v for k, v in scheduler.config.items() if k[0] != "_"
+    }
+    changed = CovarianceScheduler.from_config(scheduler.config, eta=0, timestep_spacing="linear")
+    assert (changed.config.eta, changed.config.timestep_spacing, changed.config.noise_clip) == (0, "linear", 1)
 
 
 def test_variances_that_are_mostly_cut_are_reported(five):

@@ -224,7 +224,7 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise InvalidInput(
                 "the head belongs to another noise schedule "
                 f"({self.config.schedule}, {self.config.num_train_timesteps} steps of {self.config.prediction}, "
-                f"got {levels.digest}, {len(levels)} of {levels.prediction}): r means something else there; fit a head for this one"
+                f"got {levels.digest}, {len(levels)} of {levels.prediction}): r means something else there; fit another head"
             )
         width = _width(module_at(model, self.config.site))
         if width not in (None, self.config.features):

@@ -32,7 +32,7 @@ _FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "l
 # sampling with most variances cut says that the head, or its scale, is wrong
 _CUT = 0.5
 # other schedulers' options that this one has no form of
-_FOREIGN = ("sigma_data", "shift", "use_karras_sigmas", "use_flow_sigmas", "sigma_min")
+_FOREIGN = ("sigma_data", "shift", "use_karras_sigmas", "use_flow_sigmas", "sigma_min", "snr_shift_scale")
 
 
 @dataclass
@@ -121,24 +121,22 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As diffusers', but a configuration of another family is refused instead of read past."""
         if isinstance(config, dict):
+            # what the other class has by default is not what this one has
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
             name = config.get("_class_name", "")
-            if config.get("variance_type", "") is None:
-                kwargs.setdefault("variance_type", "fixed_small")  # solvers of the ODE have none
-            foreign = [key for key in _FOREIGN if config.get(key) not in (None, False)]
-            if (
-                "prediction_type" not in config
-                and "beta_schedule" not in config
-                and "num_train_timesteps" not in kwargs
-            ):
+            if "beta_schedule" not in config and "num_train_timesteps" not in kwargs:
                 raise InvalidInput(
                     f"the configuration of {name or 'that object'} says no noise schedule (beta_schedule)"
                 )
+            foreign = [key for key in _FOREIGN if config.get(key) not in (None, False)]
             if "FlowMatch" in name or "EDM" in name or foreign:
                 raise InvalidInput(
                     f"{name or 'that scheduler'} is not variance preserving ({', '.join(foreign) or 'flow matching'}): its "
                     "timesteps mean something else here; use NoiseLevels and posterior_variance for such a model"
                 )
-            if name != cls.__name__:
+            if config.get("variance_type", "") is None:
+                kwargs.setdefault("variance_type", "fixed_small")  # solvers of the ODE have none
+            if "needs_covariance" not in config:
                 # "leading", the default elsewhere, never visits the last level
                 kwargs.setdefault("timestep_spacing", "linspace")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -377,4 +375,4 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 def _from_global() -> int:
     # without a generator diffusers draws from torch's own; so does this, once
-    return int(torch.randint(2**31, (1,)))
+    return int(torch.randint(2**31, (1,), generator=None))
