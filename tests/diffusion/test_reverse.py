@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_networks import posterior_covariance
 
 from noisewise.diffusion.levels import NoiseLevels
+from noisewise.diffusion.model import as_diffusion_model
 from noisewise.diffusion.reverse import reverse_step
 from noisewise.diffusion.steps import step_schedule
 from noisewise.errors import InvalidInput
@@ -144,3 +146,26 @@ def test_levels_know_their_time_steps_and_their_name():
     assert NoiseLevels.from_alphas_cumprod(ABAR.clone()).digest == levels.digest
     assert NoiseLevels.from_alphas_cumprod(ABAR, "v_prediction").digest != levels.digest
     assert NoiseLevels.from_alphas_cumprod(ABAR**1.01).digest != levels.digest
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_network_is_told_the_times_of_its_own_scheduler(shift, shapes_unchecked):
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=shift)
+    levels = NoiseLevels.from_scheduler(scheduler)
+    torch.testing.assert_close(levels.s.flip(0).float(), scheduler.sigmas)
+    torch.testing.assert_close(levels.a, 1 - levels.s)
+    index = torch.arange(99, -1, -1)
+    torch.testing.assert_close(levels.told(index), scheduler.timesteps)
+    heard = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, t):
+            heard.append(t)
+            return x
+
+    as_diffusion_model(Net(), scheduler).predict(torch.zeros(2, 3), torch.tensor([99, 10]))
+    torch.testing.assert_close(heard[0], scheduler.timesteps[[0, 89]])
+    with pytest.raises(InvalidInput, match="dynamic shifting"):
+        NoiseLevels.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(InvalidInput, match="one entry a level"):
+        NoiseLevels(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.3]), times=torch.arange(3.0))

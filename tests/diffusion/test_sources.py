@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tiny_networks import GaussianNoise, head_for, posterior_covariance, schedule, unet
+from tiny_networks import GaussianNoise, conditional_unet, head_for, posterior_covariance, schedule, unet
 from torch import nn
 
 from noisewise.denoising.lanczos import KrylovCovariance
@@ -280,6 +280,41 @@ def test_the_spectrum_of_gaussian_data_is_found_and_has_mean_one():
         own, wanted = ((basis @ matrix.double() @ basis.T).diagonal() for matrix in (operator.dense()[0], left[t]))
         # mean squares of 2000 rows that are drawn from 2000
         assert bool(((own / wanted - 1).abs() < 4 * math.sqrt(2 * 2 / 2000)).all())
+
+
+# --- generate
+
+
+def test_generate_passes_conditions_and_leaves_the_network_as_it_was():
+    net, scheduler = conditional_unet(), schedule(clip_sample=False)
+    head = head_for(net, scheduler)
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    first, second = torch.randn(2, 2, 3, 8, generator=seeded()).unbind()
+    draws = [generate(net, scheduler, (2, 4, 8, 8), 3, head, encoder_hidden_states=h) for h in (first, second, first)]
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    assert net.training
+    assert all(weight.requires_grad and weight.grad is None for weight in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    other = generate(net, scheduler, (2, 4, 8, 8), 3, head, seed=1, encoder_hidden_states=first)
+    assert not torch.equal(draws[0], other)
+
+
+@pytest.mark.parametrize("event", [(3,), (1, 4), (2, 2, 3, 3)])
+def test_a_head_with_the_exact_variance_draws_isotropic_gaussian_data(event, shapes_unchecked):
+    # one variance for all: a head that says the mean of each level is exact
+    scheduler = schedule(1000, beta_end=0.02, clip_sample=False)
+    levels, dim, n = scheduler.levels, math.prod(event), 3000
+    covariance = 0.3 * torch.eye(dim, dtype=torch.float64)
+    net = GaussianNoise(levels, torch.full((dim,), 0.5), covariance)
+    head = CovarianceHead.for_model(net, noise_schedule=scheduler, site="end", event=event, features=event[0])
+    left = torch.stack([posterior_covariance(covariance, *levels.pair(t))[0, 0] for t in range(1000)])
+    head.residual.copy_(left / (1 + 1e-3))
+    for steps in (2, 5):
+        x = generate(net, scheduler, (n, *event), steps, head).flatten(1)
+        assert bool(((x.mean(0) - 0.5).abs() < 4 * math.sqrt(0.3 / n)).all())
+        assert bool(((x.var(0) / 0.3 - 1).abs() < 4 * math.sqrt(2 / n)).all())
 
 
 # --- choosing a source

@@ -85,7 +85,7 @@ class DiffusionModel:
             wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
             a, s = self.levels.at(index, wide)
             conditions = {name: _plain(value) for name, value in conditions.items()}
-            output = tensor_of(self.network(leaf, index, **conditions))
+            output = tensor_of(self.network(leaf, self.levels.told(index), **conditions))
             output = first_channels(output, leaf, self.levels.learned_variance or declares_variance(self.network, leaf))
             output = output.to(wide.dtype)
             clean = denoised(PREDICTIONS[self.levels.prediction], output, wide, a, s)
