@@ -53,6 +53,7 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
         site: str = "conv_norm_out",
         trunk: str = "",
         schedule: str = "",
+        prediction: str = "epsilon",
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
             head = cls(
                 features=features, channels=event[0], event=list(event[1:]), layout=layout, patch=patch, kind=kind,
                 parametrization="linear" if parity else "softplus", site=site, trunk=type(model).__name__,
-                schedule=levels.digest, num_train_timesteps=len(levels),
+                schedule=levels.digest, prediction=levels.prediction, num_train_timesteps=len(levels),
             )  # fmt: skip
         head.a.copy_(levels.a)
         head.s.copy_(levels.s)
@@ -220,10 +221,15 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
         name = type(model).__name__
         if name != self.config.trunk:
             raise InvalidInput(f"the head was made for a {self.config.trunk}, got a {name}")
-        if levels.digest != self.config.schedule:
+        # not by their names: another machine's tables differ in the last bits
+        tables = ((levels.a, self.a.cpu().double()), (levels.s, self.s.cpu().double()))
+        if (len(levels), levels.prediction) != (self.config.num_train_timesteps, self.config.prediction) or not all(
+            torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6) for theirs, ours in tables
+        ):
             raise InvalidInput(
-                f"the head belongs to another noise schedule ({self.config.schedule}, {self.config.num_train_timesteps} steps, "
-                f"got {levels.digest}, {len(levels)} steps): r means something else there; fit a head for this one"
+                "the head belongs to another noise schedule "
+                f"({self.config.schedule}, {self.config.num_train_timesteps} steps of {self.config.prediction}, "
+                f"got {levels.digest}, {len(levels)} of {levels.prediction}): r means something else there; fit another head"
             )
         width = _width(module_at(model, self.config.site))
         if width not in (None, self.config.features):
@@ -233,14 +239,14 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, folder: Any, **options: Any) -> "CovarianceHead":
-        """As `ModelMixin.from_pretrained`; raises `RunFolderError` for the folder of another class."""
+        """As `ModelMixin.from_pretrained`; raises `RunFolderError` for the folder of another class, and an incomplete one."""
         try:
             found = cls.load_config(folder).get("_class_name")
+            if found == cls.__name__:
+                return super().from_pretrained(folder, **options)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{folder} holds no saved CovarianceHead: {error}") from error
-        if found != cls.__name__:
-            raise RunFolderError(f"{folder} holds a saved {found!r}, not a CovarianceHead: load it with its own class")
-        return super().from_pretrained(folder, **options)
+        raise RunFolderError(f"{folder} holds a saved {found!r}, not a CovarianceHead: load it with its own class")
 
 
 def _positive(o: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class NoiseLevels:
 
     `prediction`: "epsilon", "sample" (also a denoiser of EDM, with a = 1), "v_prediction" or "flow_prediction" (a = 1 - s).
     `learned_variance`: the network gives 2C channels, of which the first C are the prediction. The clean data are a = 1, s = 0.
+    `times` [T]: what the network is told at each of them, where that is not t itself.
     Raises `InvalidInput` for tables that do not go from clean to noisy, and for an unknown prediction.
     """
 
@@ -29,15 +30,18 @@ class NoiseLevels:
     s: Float[Tensor, " T"]
     prediction: str = "epsilon"
     learned_variance: bool = False
+    times: Float[Tensor, " T"] | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise InvalidInput(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
-        for name in ("a", "s"):
+        for name in ("a", "s") if self.times is None else ("a", "s", "times"):
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).detach().cpu().double())
         a, s = self.a, self.s
         if a.ndim != 1 or a.shape != s.shape or len(a) < 2:
             raise InvalidInput(f"a and s must be two tables of equal length, got {tuple(a.shape)} and {tuple(s.shape)}")
+        if self.times is not None and self.times.shape != a.shape:
+            raise InvalidInput(f"times must have one entry a level, {tuple(a.shape)}, got {tuple(self.times.shape)}")
         if not bool((torch.isfinite(a) & torch.isfinite(s) & (a >= 0) & (s > 0)).all()):
             raise InvalidInput("noise levels must be finite, with a >= 0 and s > 0")
         if not bool((a[1:] * s[:-1] < a[:-1] * s[1:]).all()):
@@ -76,7 +80,7 @@ class NoiseLevels:
             sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
             shift = float(config.get("shift", 1.0))
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
-            return cls(1 - sigma, sigma, "flow_prediction", learned)
+            return cls(1 - sigma, sigma, "flow_prediction", learned, steps * sigma)
         raise InvalidInput(
             f"{type(scheduler).__name__} says no alphas_cumprod: give the scheduler that the network was trained with "
             "(DDPM, DDIM, DPM-Solver, flow matching without dynamic shifting), or NoiseLevels(a, s, prediction)"
@@ -100,6 +104,10 @@ class NoiseLevels:
         if bool(((index < 0) | (index >= len(self))).any()):
             raise InvalidInput(f"time steps must lie in 0 .. {len(self) - 1}, got {index.flatten()[:8].tolist()}")
         return index.expand(batch)
+
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told at the indices t [batch]."""
+        return t if self.times is None else self.times[t.cpu()].to(device=t.device, dtype=torch.float32)
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """a and s of the indices t [batch], shaped to broadcast against `like` [batch, *event], in its dtype."""

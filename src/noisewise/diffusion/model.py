@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass
 class Prediction:
-    """What a network says at x_t: `clean` = E[x0 | x_t] and `eps`, detached; `features` at its site, detached.
+    """What a network says at x_t: `clean` = E[x0 | x_t] and `eps`, detached, at least float32; `features` at its site, detached.
 
     `a`, `s` broadcast against x_t. `product` needs a prediction that was made with `graph=True`.
     """
@@ -78,19 +78,32 @@ class DiffusionModel:
 
         Raises `InvalidInput` for an output of another shape, and for a time step outside the schedule.
         """
-        index = self.levels.index(t, len(x_t), x_t.device)
-        a, s = self.levels.at(index, x_t)
         with torch.inference_mode(False), torch.set_grad_enabled(graph), watch(self.network, self.site) as seen:
-            leaf = (x_t.clone() if x_t.is_inference() else x_t.detach()).requires_grad_(graph)
-            output = tensor_of(self.network(leaf, index, **conditions))
+            index = self.levels.index(_plain(t), len(x_t), x_t.device)
+            leaf = _plain(x_t).detach().requires_grad_(graph)
+            # x0 is a difference that half precision does not survive
+            wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+            a, s = self.levels.at(index, wide)
+            conditions = {name: _plain(value) for name, value in conditions.items()}
+            output = tensor_of(self.network(leaf, self.levels.told(index), **conditions))
             output = first_channels(output, leaf, self.levels.learned_variance or declares_variance(self.network, leaf))
-            clean = denoised(PREDICTIONS[self.levels.prediction], output, leaf, a, s)
+            output = output.to(wide.dtype)
+            clean = denoised(PREDICTIONS[self.levels.prediction], output, wide, a, s)
         self.calls += len(x_t)
         found = clean.detach()
         # predicted noise is exact where the network gives it; elsewhere it follows from x0
         eps = output.detach() if self.levels.prediction == "epsilon" else (x_t - a * found) / s
+        if self.site is not None and not seen:
+            raise InvalidInput(
+                f"{type(self.network).__name__} did not call its module {self.site!r}: name another site"
+            )
         features = None if self.site is None else seen[-1]
         return Prediction(x_t, index, found, eps, a, s, features, leaf if graph else None, clean if graph else None)
+
+
+def _plain(value: Any) -> Any:
+    # a graph cannot keep tensors of inference mode
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def as_diffusion_model(model: Any, noise_schedule: Any, site: str | None = None) -> DiffusionModel:

@@ -95,7 +95,7 @@ class Attachment:
         """Take the hooks off; the scheduler stays in the pipeline and refuses steps until another covariance is attached."""
         for hook in self._hooks:
             hook.remove()
-        self._scheduler.attach_source(None)
+        self._scheduler.detach_source(self._variance)
 
     def _at_site(self, module: Any, inputs: tuple[Any, ...]) -> None:
         self._features = inputs[0].detach()
@@ -117,7 +117,7 @@ class Attachment:
         if self._scale is not None:
             if not isinstance(found, Tensor):
                 raise InvalidInput("guidance='extrapolate' mixes variances of pixels: it needs a head")
-            found = self._extrapolated(found, rows)
+            found = self._extrapolated(found, prediction.x_t, rows)
         elif called == 2 * rows and isinstance(found, Tensor):
             found = found[rows:]  # unconditional rows come first
         elif called != rows:
@@ -127,11 +127,14 @@ class Attachment:
         self._output = self._features = None
         return found
 
-    def _extrapolated(self, variance: Tensor, rows: int) -> Tensor:
+    def _extrapolated(self, variance: Tensor, x_t: Tensor, rows: int) -> Tensor:
         first, second = variance.chunk(2)
         w = float(self._scale or 0.0)
         if len(variance) == 2 * rows:
             return ((1 - w) * first + w * second).clamp(min=0)
+        half = rows // 2
+        if len(variance) != rows or rows % 2 or not torch.equal(x_t[:half], x_t[half:]):
+            raise InvalidInput("guidance='extrapolate' needs both branches, and the network was called with one alone")
         # a pipeline that keeps both branches in the sample has the conditional one first
         return ((1 - w) * second + w * first).clamp(min=0).repeat(2, *(1,) * (variance.ndim - 1))
 

@@ -32,7 +32,7 @@ _FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "l
 # sampling with most variances cut says that the head, or its scale, is wrong
 _CUT = 0.5
 # other schedulers' options that this one has no form of
-_FOREIGN = ("sigma_data", "shift", "use_karras_sigmas", "use_flow_sigmas", "sigma_min")
+_FOREIGN = ("sigma_data", "shift", "use_karras_sigmas", "use_flow_sigmas", "sigma_min", "snr_shift_scale")
 
 
 @dataclass
@@ -51,11 +51,14 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     still stochastic, through the covariance). `timestep_spacing`: diffusers' three or the authors' "linear", "power",
     "linear_ddim", "quad_ddim". `max_variance`: largest variance of an entry of x0, by default `clip_sample_range`^2 where
     samples are clipped and none elsewhere. `floor`: least r, for heads that are not positive. `noise_clip`: in the step into
-    the last level before the data, at most so many grey levels of mean absolute noise (the authors' 1 or 2; 0 is off).
+    the last level before the data, at most so many grey levels of mean absolute noise (the authors' 1 or 2; 0 is off; not for
+    operators).
     `needs_covariance`: refuse a step without one, set by `attach`. Without a covariance a step has `variance_type`, as DDPM's.
     Source: Ou et al., ICLR 2025, arXiv 2406.10808; Bao et al., arXiv 2201.06503.
     """
 
+    # a saved pipeline names this module, which must be imported before it is loaded: `import noisewise` is enough
+    __module__ = "noisewise"
     _compatibles: list[str] = ["DDPMScheduler", "DDIMScheduler"]
     order = 1
     init_noise_sigma = 1.0
@@ -64,24 +67,24 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
+        beta_start: float | int = 0.0001,
+        beta_end: float | int = 0.02,
         beta_schedule: str = "linear",
         trained_betas: Any = None,
         variance_type: str = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
+        dynamic_thresholding_ratio: float | int = 0.995,
+        clip_sample_range: float | int = 1.0,
+        sample_max_value: float | int = 1.0,
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-        eta: float | None = None,
-        max_variance: float | None = None,
-        floor: float = 0.0,
-        noise_clip: float = 0.0,
+        eta: float | int | None = None,
+        max_variance: float | int | None = None,
+        floor: float | int = 0.0,
+        noise_clip: float | int = 0.0,
         needs_covariance: bool = False,
     ) -> None:
         if timestep_spacing not in _SPACINGS:
@@ -118,22 +121,22 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As diffusers', but a configuration of another family is refused instead of read past."""
         if isinstance(config, dict):
+            # what the other class has by default is not what this one has
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
             name = config.get("_class_name", "")
-            foreign = [key for key in _FOREIGN if config.get(key) not in (None, False)]
-            if (
-                "prediction_type" not in config
-                and "beta_schedule" not in config
-                and "num_train_timesteps" not in kwargs
-            ):
+            if "beta_schedule" not in config and "num_train_timesteps" not in kwargs:
                 raise InvalidInput(
                     f"the configuration of {name or 'that object'} says no noise schedule (beta_schedule)"
                 )
+            foreign = [key for key in _FOREIGN if config.get(key) not in (None, False)]
             if "FlowMatch" in name or "EDM" in name or foreign:
                 raise InvalidInput(
                     f"{name or 'that scheduler'} is not variance preserving ({', '.join(foreign) or 'flow matching'}): its "
                     "timesteps mean something else here; use NoiseLevels and posterior_variance for such a model"
                 )
-            if name != cls.__name__:
+            if config.get("variance_type", "") is None:
+                kwargs.setdefault("variance_type", "fixed_small")  # solvers of the ODE have none
+            if "needs_covariance" not in config:
                 # "leading", the default elsewhere, never visits the last level
                 kwargs.setdefault("timestep_spacing", "linspace")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -167,7 +170,11 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             assert num_inference_steps is not None
             rising = step_schedule(total, num_inference_steps, self.config.timestep_spacing)
             offset = self.config.steps_offset if self.config.timestep_spacing == "leading" else 0
-            visited = [min(t - 1 + offset, total - 1) for t in reversed(rising)]
+            visited = [t - 1 + offset for t in reversed(rising)]
+            if not 0 <= offset < total - max(rising) + 1:
+                raise InvalidInput(
+                    f"steps_offset={offset} moves {num_inference_steps} steps beyond the last of 0 .. {total - 1}: take fewer"
+                )
         self.num_inference_steps = len(visited)
         self.timesteps = torch.tensor(visited, device=device)
         self._cut = [0, 0]
@@ -225,18 +232,23 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = None
         if source is not None and previous is not None:
             given = self._scaled(source(prediction, previous), t)
-        x_t, clean, eps = prediction.x_t, prediction.clean, prediction.eps
-        moved = self._moved(x_t, clean, eps, t, given, None, generator, x_t.dtype, False)[0]
+        clean, eps, dtype = prediction.clean, prediction.eps, prediction.x_t.dtype
+        moved = self._moved(prediction.x_t.to(clean), clean, eps, t, given, None, generator, dtype, False)[0]
         prediction.free()
-        return moved
+        return moved.to(dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """a x0 + s eps at time steps [batch]."""
         return self._like.add_noise(original_samples, noise, timesteps)
 
-    def attach_source(self, source: Callable[[Tensor, int], Any] | None) -> None:
+    def attach_source(self, source: Callable[[Tensor, int], Any]) -> None:
         """What `attach` gives: a function of the sample and its time step, with Cov[x0 | x_t] in units of x0^2."""
         self._source = source
+
+    def detach_source(self, source: Callable[[Tensor, int], Any]) -> None:
+        """Forget `source`, unless another was attached since."""
+        if self._source == source:
+            self._source = None
 
     # --- parts of a step
 
@@ -294,15 +306,15 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     "or step(..., covariance=r)"
                 )
             return None
-        if not isinstance(covariance, Tensor):
-            return covariance, (s / a) ** 2 if a > 0 else self._largest
-        if covariance.shape != sample.shape:
+        if isinstance(covariance, Tensor) and covariance.shape != sample.shape:
             raise InvalidInput(
                 f"covariance must have the shape of the sample, {tuple(sample.shape)}, got {tuple(covariance.shape)}"
             )
         if a == 0:
             # nothing is known of x0 there, and r is 0 / 0 of it: the variance of the data, or its bound
-            return torch.full_like(covariance, self._largest if math.isfinite(self._largest) else 1.0)
+            return torch.full_like(sample, self._largest if math.isfinite(self._largest) else 1.0)
+        if not isinstance(covariance, Tensor):
+            return covariance, (s / a) ** 2
         return self._bounded(covariance.to(torch.promote_types(covariance.dtype, torch.float32)) * (s / a) ** 2, t)
 
     @property
@@ -341,6 +353,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             variance = (step.variance + step.gain**2 * given.to(mean)).clamp(max=cap)
             return variance.sqrt() * drawn, variance
         operator, scale = given
+        if self.config.noise_clip:
+            raise InvalidInput("noise_clip cuts variances of pixels, which an operator does not have: noise_clip=0")
         if isinstance(generator, list):
             raise InvalidInput("a covariance operator draws the whole batch at once: give one generator, not a list")
         own = generator if generator is not None else torch.Generator(mean.device).manual_seed(_from_global())
@@ -361,4 +375,4 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 def _from_global() -> int:
     # without a generator diffusers draws from torch's own; so does this, once
-    return int(torch.randint(2**31, (1,)))
+    return int(torch.randint(2**31, (1,), generator=None))

@@ -68,9 +68,14 @@ class ProbeSource:
     generator: torch.Generator
     graph: bool = True
 
+    def __post_init__(self) -> None:
+        check_count("probes", self.probes)
+
     def __call__(self, prediction: Prediction, previous: int | None = None) -> Float[Tensor, "batch *event"]:
-        """diag Cov[x0 | x_t], which may be negative where probes are few or the network is no score."""
-        r = ocm_target(prediction, check_count("probes", self.probes), self.generator)
+        """diag Cov[x0 | x_t], which may be negative where probes are few or the network is no score; 1 at pure noise."""
+        if not bool((prediction.a > 0).all()):
+            return torch.ones_like(prediction.clean)
+        r = ocm_target(prediction, self.probes, self.generator)
         prediction.free()
         return r * (prediction.s / prediction.a).square()
 
@@ -85,11 +90,16 @@ class LanczosSource:
 
     rank: int
     generator: torch.Generator
-    largest: float | None = None
+    largest: float | int | None = None
     graph: bool = True
 
-    def __call__(self, prediction: Prediction, previous: int | None = None) -> KrylovCovariance:
-        """Cov[x0 | x_t] as an operator on flattened events; its draws keep the prediction's graph alive."""
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+
+    def __call__(self, prediction: Prediction, previous: int | None = None) -> Tensor | KrylovCovariance:
+        """Cov[x0 | x_t] as an operator on flattened events, whose draws keep the prediction's graph alive; 1 at pure noise."""
+        if not bool((prediction.a > 0).all()):
+            return torch.ones_like(prediction.clean)
         flat = prediction.clean.flatten(1)
         shape = prediction.clean.shape
         scale = (prediction.s / prediction.a).square()
@@ -98,7 +108,7 @@ class LanczosSource:
             return (scale * prediction.product(v.reshape(shape))).flatten(1)
 
         largest = float(flat.shape[1]) if self.largest is None else self.largest
-        return KrylovCovariance(product, flat, self.generator, check_count("rank", self.rank), largest=largest)
+        return KrylovCovariance(product, flat, self.generator, self.rank, largest=largest)
 
 
 @dataclass(frozen=True)
