@@ -177,6 +177,10 @@ def test_guidance_that_doubles_the_rows_has_the_variance_of_the_condition_or_the
         both = net(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([nothing, text])).sample
         free, conditional = both.chunk(2)
         found = scheduler.step(free + 3 * (conditional - free), t, x, generator=seeded()).variance
+        # pipelines that keep both branches in the sample, as DiT's, have the conditional one first
+        pair = net(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([text, nothing])).sample
+        kept = scheduler.step(pair, t, torch.cat([x, x]), generator=seeded()).variance
+        torch.testing.assert_close(kept[:2], found, rtol=1e-4, atol=1e-6)
         attachment.detach()
         v_u, v_c = (variances(net, scheduler, head, x, t, encoder_hidden_states=h) for h in (nothing, text))
     wanted = v_c if scale is None else (-2 * v_u + 3 * v_c).clamp(min=0)

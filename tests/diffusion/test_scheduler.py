@@ -223,6 +223,24 @@ def test_half_precision_comes_back_as_it_went_in_rounded_once(dtype, eta):
             torch.testing.assert_close(found, wide.to(dtype), rtol=0, atol=0)
 
 
+def test_relative_variances_have_a_floor_and_those_of_x0_a_bound():
+    x, eps = state()
+    for options, r, wanted in (
+        ({"floor": 0.01, "clip_sample": False}, -3.0, lambda a, s: 0.01 * (s / a) ** 2),
+        ({"floor": 0.01, "clip_sample": False}, 0.02, lambda a, s: 0.02 * (s / a) ** 2),
+        ({"floor": 0.01, "max_variance": 0.25}, 50.0, lambda a, s: 0.25),
+        ({"clip_sample_range": 2.0}, 50.0, lambda a, s: 4.0),
+        ({"clip_sample": False}, 50.0, lambda a, s: 50 * (s / a) ** 2),
+    ):
+        scheduler = schedule(T, eta=0, **options)
+        scheduler.set_timesteps(5)
+        t, following = scheduler.timesteps.tolist()[:2]
+        here, there = scheduler.levels.pair(t), scheduler.levels.pair(following)
+        found = scheduler.step(eps, t, x, covariance=torch.full_like(x, r), generator=seeded()).variance
+        gain = there[0] - there[1] * here[0] / here[1]
+        torch.testing.assert_close(found, torch.full_like(x, gain**2 * wanted(*here)), rtol=1e-10, atol=0)
+
+
 def test_an_operator_moves_like_its_matrix():
     scheduler = schedule(T, eta=0, clip_sample=False)
     scheduler.set_timesteps(5)
