@@ -32,7 +32,7 @@ _FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "l
 # sampling with most variances cut says that the head, or its scale, is wrong
 _CUT = 0.5
 # other schedulers' options that this one has no form of
-_FOREIGN = ("sigma_data", "shift", "use_karras_sigmas", "use_flow_sigmas", "sigma_min", "snr_shift_scale")
+_FOREIGN = ("sigma_data", "shift", "use_flow_sigmas", "sigma_min", "snr_shift_scale")
 
 
 @dataclass
