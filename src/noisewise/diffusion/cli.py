@@ -41,7 +41,7 @@ _BATCH, _ON_SHEET, _MAPPED = 64, 64, 6
 _CONDITIONED = ("cross_attention_dim", "num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
 # what the fixed variances are called in tables and in JSON
 _FIXED = {"beta~": None, "beta": "large"}
-# one look at a progress that is known after each batch only
+# the samplers of diffusers, and their classes
 _PEERS = {
     "DDPM": "DDPMScheduler",
     "DDIM": "DDIMScheduler",
@@ -253,7 +253,7 @@ def nll_command(
         typer.echo(json.dumps({"images": len(images), "levels": levels, "bits_per_dim": rows}, indent=2))
         return
     shown = Table("steps", *(f"{name} ↓" for name in next(iter(table.values()))), title_justify="left",
-                  title=f"bits/dim of {len(images)} images, upper bound ± standard error")  # fmt: skip
+                  title=f"bits/dim of {len(images)} images ± se")  # fmt: skip
     for count, row in table.items():
         shown.add_row(f"{count}", *(_value(one) for one in row.values()))
     Console().print(shown)
@@ -323,10 +323,14 @@ def _load(source: str, device: str | None) -> _Loaded:
     else:
         name = source
     library = require("diffusers", "diffusion")
+    bars = require("diffusers.utils.logging", "diffusion")
+    bars.disable_progress_bar()
     try:
         pipeline = library.DiffusionPipeline.from_pretrained(name)
     except (OSError, ValueError, AttributeError, ImportError) as error:
         raise InvalidInput(f"{source!r} cannot be loaded as a diffusers pipeline: {error}") from error
+    finally:
+        bars.enable_progress_bar()
     return _checked(name, pipeline, device)
 
 
@@ -584,7 +588,9 @@ def _write_page(loaded: _Loaded, out: Path, images: "torch.Tensor", facts: dict[
         "The two curves are one where the network is the exact posterior mean; a gap says that it is not."
     )).figure(mean_variance_plot(head), "Mean relative variance along the noise levels.")  # fmt: skip
     found = [
-        Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()})
+        Calibration(
+            one["t"], *(tuple(one[name]) for name in ("predicted", "observed", "se")), one["ratio"], one["ratio_se"]
+        )
         for one in facts["calibration"]
     ]
     report.section("Calibration", (
@@ -720,7 +726,7 @@ def _compare(
     kept = {} if out is None or not (out / _RESULTS).is_file() else _read_json(out / _RESULTS)
     samplers = _samplers(loaded, head)
     distance = _Distance.of(images, n, seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with Reporter(True) as reporter:
         for count in counts:
             for name, (draw, bounded) in samplers.items():
@@ -753,9 +759,9 @@ def _samplers(loaded: _Loaded, head: "CovarianceHead") -> dict[str, tuple[Draw, 
 
     found: dict[str, tuple[Draw, tuple[Any, ...]]] = {}
     for name, kind in _PEERS.items():
-        found[f"diffusers {name}"] = (peer(kind), (None,) if name == "DDPM" else ())
+        found[name] = (peer(kind), (None,) if name == "DDPM" else ())
     found["head, DDPM"] = (own(None), (head,))
-    found["head, eta = 0"] = (own(0.0), ())
+    found["head, eta 0"] = (own(0.0), ())
     return found
 
 
@@ -779,7 +785,7 @@ class _Distance:
         bandwidth = max(float(2 * flat.var(0).sum()), 1e-12)
         floor = sample_floor(lambda x, y: mmd2(x, y, bandwidth=bandwidth), flat, n, seed=seed)
         order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
-        return cls(flat[order[: len(flat) - n]], bandwidth, float(floor.value))
+        return cls(flat[order[: len(flat) - n]], bandwidth, floor.mean)
 
     def __call__(self, x: "torch.Tensor") -> float:
         """Of images on [-1, 1], clipped as a file would be."""
@@ -829,10 +835,8 @@ def _bound(loaded: _Loaded, images: "torch.Tensor", covariance: Any, steps: int,
 def _show_comparison(rows: list[dict[str, Any]], n: int, seeds: int) -> None:
     from noisewise.metrics.measurement import Measurement, format_value
 
-    title = f"{n} images for each of {seeds} seeds; ± is one standard error"
-    table = Table(
-        "sampler", "steps", "bits/dim ↓", "MMD² of pixels ↓", "calls", "seconds", title=title, title_justify="left"
-    )
+    title = f"{n} images for each of {seeds} seeds, ± se; without a head: of diffusers"
+    table = Table("sampler", "steps", "bits/dim ↓", "MMD² ↓", "calls", "seconds", title=title, title_justify="left")
     for row in rows:
         bound, distance = row.get("bits_per_dim"), Measurement.from_dict(row["mmd2"])
         table.add_row(
@@ -846,12 +850,12 @@ def _show_comparison(rows: list[dict[str, Any]], n: int, seeds: int) -> None:
         )
     floor = Measurement.from_dict(rows[0]["mmd2"]).floor
     if floor is not None:
-        table.add_row("as many images of the data", "", "", format_value(floor), "", "", style="dim")
+        table.add_row("data, as many", "", "", format_value(floor), "", "", style="dim")
     console = Console()
     console.print(table)
     console.print(
         "The bound is one of the stochastic samplers with the smaller fixed variance and with the head; the others have none. "
-        "A distance of pixels sees brightness and shapes, not details: for large images measure features.",
+        "MMD² of pixels sees brightness and shapes, not details: for large images measure features.",
         highlight=False,
     )
 

@@ -105,11 +105,19 @@ def _fitted(image: Any, shape: tuple[int, int, int], name: str) -> Tensor:
             f"{name!r} has more than 8 bits a pixel (mode {image.mode}): which value is white is not known here; give a .npy "
             "array in [-1, 1]"
         )
-    operations = require("PIL.ImageOps", "diffusion")
+    upright = require("PIL.ImageOps", "diffusion").exif_transpose(image).convert(_MODES[channels])
     bicubic = require("PIL.Image", "diffusion").Resampling.BICUBIC
-    upright = operations.exif_transpose(image).convert(_MODES[channels])
-    levels = np.array(operations.fit(upright, (width, height), method=bicubic))
+    # the cut comes first: a resize of a box would see what lies around it
+    levels = np.array(_middle(upright, height, width).resize((width, height), bicubic))
     return _from_levels(torch.from_numpy(levels.reshape(height, width, channels)).permute(2, 0, 1))
+
+
+def _middle(image: Any, height: int, width: int) -> Any:
+    """The largest part of `image` with the aspect height : width, from its middle."""
+    scale = min(image.width / width, image.height / height)
+    wide, high = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    return image.crop((left, top, left + wide, top + high))
 
 
 def _from_levels(levels: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ _MAX_ROWS = 8
 def mean_variance_plot(head: "CovarianceHead") -> "Figure":
     """The mean relative variance of a fitted head at each level, by the errors of the network and by the size of its answer.
 
-    Both estimate the mean of r. Where the network is the exact posterior mean they agree; where it is not, the errors are the
-    larger. Raises `InvalidInput` for a head that was not fitted.
+    Both estimate the mean of r, and agree where the network is the exact posterior mean. Levels at which the second is not
+    positive are left out of its curve, and counted. Raises `InvalidInput` for a head that was not fitted.
     """
     if not bool(torch.isfinite(head.residual).all()):
         raise InvalidInput("this head was not fitted: fit_covariance(model, head, data)")
@@ -37,9 +37,15 @@ def mean_variance_plot(head: "CovarianceHead") -> "Figure":
     by_errors = (head.residual * (head.a / head.s).square()).cpu()
     by_size = (1 - head.gamma).cpu()
     figure, axes = _figure(width=6.4, height=3.4)
-    axes.plot(level, by_errors, color=_BLUE, label="by its errors: E (eps - eps_hat)²")
+    axes.plot(level.tolist(), by_errors.tolist(), color=_BLUE, label="by its errors: E (eps - eps_hat)²")
     shown = by_size > 0
-    axes.plot(level[shown], by_size[shown], color=_ORANGE, linestyle="--", label="by its size: 1 - E eps_hat²")
+    axes.plot(
+        level[shown].tolist(),
+        by_size[shown].tolist(),
+        color=_ORANGE,
+        linestyle="--",
+        label="by its size: 1 - E eps_hat²",
+    )
     axes.set(yscale="log", xlabel="time step t", ylabel="mean relative variance")
     if not bool(shown.all()):
         share = float((~shown).double().mean())
@@ -107,7 +113,7 @@ def uncertainty_plot(
     for row in range(rows):
         for axes, x in zip(panels[row][:3], (clean[row], noisy[row], mean[row]), strict=True):
             _show(axes, x)
-        shown = panels[row][3].imshow(spread[row], cmap="viridis", vmin=0.0, vmax=most)
+        shown = panels[row][3].imshow(spread[row].numpy(), cmap="viridis", vmin=0.0, vmax=most)
     for place, axes in enumerate(panels.flatten()):
         axes.set_xticks([])
         axes.set_yticks([])
@@ -121,9 +127,9 @@ def _show(axes: "Axes", x: Tensor) -> None:
     """[-1, 1] as black to white, or as colours."""
     unit = ((x.detach().float().cpu() + 1) / 2).clamp(0, 1)
     if len(unit) == 3:
-        axes.imshow(unit.permute(1, 2, 0))
+        axes.imshow(unit.permute(1, 2, 0).numpy())
     else:
-        axes.imshow(unit.mean(0), cmap="gray", vmin=0.0, vmax=1.0)
+        axes.imshow(unit.mean(0).numpy(), cmap="gray", vmin=0.0, vmax=1.0)
 
 
 def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
