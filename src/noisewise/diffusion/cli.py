@@ -589,7 +589,7 @@ def _write_page(loaded: _Loaded, out: Path, images: "torch.Tensor", facts: dict[
     )).figure(mean_variance_plot(head), "Mean relative variance along the noise levels.")  # fmt: skip
     found = [
         Calibration(
-            one["t"], *(tuple(one[name]) for name in ("predicted", "observed", "se")), one["ratio"], one["ratio_se"]
+            one["t"], tuple(one["predicted"]), tuple(one["observed"]), tuple(one["se"]), one["ratio"], one["ratio_se"]
         )
         for one in facts["calibration"]
     ]
