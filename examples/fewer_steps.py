@@ -26,7 +26,7 @@ def train(data: torch.Tensor, schedule: DDPMScheduler, steps: int) -> UNet2DMode
     """The noise network as usual; you would load yours: DDPMPipeline.from_pretrained(...).unet"""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(24, 48), layers_per_block=1, norm_num_groups=8,
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False,
     )  # fmt: skip
     optimizer = torch.optim.Adam(unet.parameters(), lr=2e-3)
