@@ -1,6 +1,7 @@
 """Each example runs, on a small budget, and is right."""
 
 import clean_from_noisy
+import fewer_steps
 import first_run
 import mixture_ksd
 import one_step_sampler
@@ -91,3 +92,15 @@ def test_a_network_of_few_steps_samples_all_modes_in_their_shares():
     before = sampler.cost.gradients
     sampler.sample(1000)
     assert sampler.cost.gradients == before
+
+
+def test_a_head_on_a_frozen_network_tightens_the_bound_of_every_few_steps(tmp_path):
+    found = fewer_steps.main(tmp_path, steps=150, head_steps=60)
+    for row in found.values():
+        head = row["head"]
+        for name in ("beta~, fixed", "beta, fixed"):
+            assert head.value < row[name].value - 4 * (head.se**2 + row[name].se ** 2) ** 0.5
+    # more steps, and what a step must explain is less
+    values = [row["head"].value for row in found.values()]
+    assert values == sorted(values, reverse=True)
+    assert (tmp_path / "000000.png").is_file()

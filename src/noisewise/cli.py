@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import noisewise
+from noisewise.diffusion.cli import diffusion_app
 from noisewise.energy.cli import energy_app
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
 from noisewise.neural.cli import neural_app
@@ -144,6 +145,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("sample")(sample_command)
+app.add_typer(diffusion_app, name="diffusion")
 app.add_typer(energy_app, name="energy")
 app.add_typer(neural_app, name="neural")
 
