@@ -130,7 +130,7 @@ def test_rows_through_the_model_are_counted_and_one_backward_pass_a_step():
     head = head_of(net)
     result = fit(net, head, data(), steps=10, validation=0.0)
     hook.remove()
-    tables = 100 * 4000
+    tables = 50 * 4000
     assert result.cost.gradients == 10 * 64
     assert sum(calls) == tables + 10 * 64
 

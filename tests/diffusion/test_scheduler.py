@@ -421,8 +421,10 @@ def test_configurations_of_other_families_are_refused():
             CovarianceScheduler.from_config(other.config)
     with pytest.raises(InvalidInput, match="snr_shift_scale"):
         CovarianceScheduler.from_config(CogVideoXDDIMScheduler().config)
-    with pytest.raises(InvalidInput, match="use_karras_sigmas"):
-        CovarianceScheduler.from_config(DPMSolverMultistepScheduler(use_karras_sigmas=True).config)
+    with pytest.raises(InvalidInput, match="use_flow_sigmas"):
+        CovarianceScheduler.from_config(DPMSolverMultistepScheduler(use_flow_sigmas=True).config)
+    # a spacing of sampling; the levels of training are variance preserving
+    CovarianceScheduler.from_config(DPMSolverMultistepScheduler(use_karras_sigmas=True).config)
     solver = CovarianceScheduler.from_config(DPMSolverMultistepScheduler(beta_end=0.03).config)
     assert (solver.config.beta_end, solver.config.variance_type) == (0.03, "fixed_small")
     read = CovarianceScheduler.from_config(DDIMScheduler(beta_end=0.03, clip_sample=False).config, eta=0.5)

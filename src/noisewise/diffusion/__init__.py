@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "fitting": ["fit_covariance"],
         "generate": ["generate"],
         "head": ["CovarianceHead"],
+        "images": ["contact_sheet", "read_images", "write_images"],
         "levels": ["NoiseLevels"],
         "likelihood": ["vlb_bits_per_dim", "vlb_terms"],
         "pipeline": ["Attachment", "attach"],

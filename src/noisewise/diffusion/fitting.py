@@ -22,7 +22,7 @@ __all__ = ["fit_covariance", "frozen"]
 
 _KIND = "covariance fit"
 # levels at which the tables of a head are measured, the least rows and entries at each, and how many rows at once
-_GRID, _ROWS, _ENTRIES, _CHUNK = 100, 256, 8192, 64
+_GRID, _ROWS, _ENTRIES, _CHUNK = 50, 256, 8192, 64
 # below this a mean relative variance is rounding; only data-free tables, which may be negative, come near it
 _LEAST = 1e-5
 # share of the steps of "ocm_residual" that regress the network's derivative, before the residuals correct it

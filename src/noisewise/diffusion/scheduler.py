@@ -31,6 +31,8 @@ _SPACINGS = ("linspace", "leading", "trailing", "linear", "power", "linear_ddim"
 _FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 # sampling with most variances cut says that the head, or its scale, is wrong
 _CUT = 0.5
+# beyond this s/a hardly anything is known of x0, and any error of the network makes variances that are cut
+_COUNTED = 3.0
 # other schedulers' options that this one has no form of
 _FOREIGN = ("sigma_data", "shift", "use_flow_sigmas", "sigma_min", "snr_shift_scale")
 
@@ -329,8 +331,9 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise InvalidInput("the covariance is NaN or infinite: was the head fitted, on this network and its scale?")
         least = self.config.floor * (s / a) ** 2 if a > 0 else 0.0
         bounded = variance.clamp(min(least, self._largest), self._largest)
-        self._cut[0] += int((variance > self._largest).sum()) + int((variance < 0).sum())
-        self._cut[1] += variance.numel()
+        if s <= _COUNTED * a:
+            self._cut[0] += int((variance > self._largest).sum()) + int((variance < 0).sum())
+            self._cut[1] += variance.numel()
         return bounded
 
     def _noise(
@@ -366,7 +369,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if total and cut > _CUT * total:
             warnings.warn(
                 f"{cut / total:.0%} of the variances of x0 were below 0 or above max_variance {self._largest:g} and were cut: "
-                "the head is not fitted to this scale of the data, or max_variance is too small (latents are not in [-1, 1])",
+                "the head is not fitted to this scale of the data, max_variance is too small (latents are not in [-1, 1]), or "
+                "the network is trained too little to know x0 at all",
                 NoisewiseWarning,
                 stacklevel=4,
             )

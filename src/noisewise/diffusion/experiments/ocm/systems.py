@@ -1,7 +1,9 @@
 """Every covariance on one noise network, and the solvers that need none; the budget is the number of network calls."""
 
+import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from noisewise.diffusion.likelihood import vlb_terms
 from noisewise.diffusion.model import DiffusionModel, Prediction, tensor_of
 from noisewise.diffusion.scheduler import CovarianceScheduler
 from noisewise.diffusion.sources import DctSource, HeadSource, LanczosSource, ProbeSource, fit_spectrum
-from noisewise.errors import require
+from noisewise.errors import NoisewiseWarning, require
 from noisewise.typing import Cost
 
 __all__ = ["Drawn", "Setup", "covariance_systems", "solver_systems"]
@@ -134,7 +136,14 @@ def covariance_systems(
             options: dict[str, Any] = {"variance_type": "fixed_large"} if large else {}
             site = getattr(getattr(source, "head", None), "config", None)
             model = DiffusionModel(s.net, s.scheduler().levels, None if site is None else site.site)
-            shape = (s.draws, *s.event)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", NoisewiseWarning)
+                drawn = run(s, steps, model, source, options)
+            said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, NoisewiseWarning))
+            return dataclasses.replace(drawn, notes=(*notes, *said))
+
+        def run(s: Setup, steps: int, model: DiffusionModel, source: Any, options: dict[str, Any]) -> Drawn:
+            large, seed, shape = name == "beta", s.seed, (s.draws, *s.event)
             begin = time.monotonic()
             ddpm = generate(model, s.scheduler(**options), shape, steps, source, seed=seed)
             seconds = time.monotonic() - begin
@@ -149,7 +158,7 @@ def covariance_systems(
                 ).sum(1)  # fmt: skip
             products = s.rank if name.startswith("Lanczos") else s.probes if name.startswith("probes") else 0
             calls = steps * s.draws
-            return Drawn(s, Cost(products * calls, calls, seconds), ddpm, ddim, bound, source, notes)
+            return Drawn(s, Cost(products * calls, calls, seconds), ddpm, ddim, bound, source)
 
         return draw
 
