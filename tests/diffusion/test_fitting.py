@@ -1,9 +1,19 @@
 import copy
+import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from diffusion_nets import GaussianNoise, linear_levels
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -230,3 +240,84 @@ def test_bad_input_is_named(shapes_unchecked):
 
 def test_it_is_exported_lazily():
     assert fitting.fit_covariance is fit_covariance
+
+
+SCRIPT = """
+import sys, time, torch
+from diffusion_nets import GaussianNoise, linear_levels
+from noisewise import training
+from noisewise.diffusion import CovarianceHead, fit_covariance
+torch.set_num_threads(1)
+training._CHECKPOINT_SECONDS = 0.0
+levels = linear_levels()
+
+class Slow(GaussianNoise):
+    def forward(self, x, t):
+        time.sleep(float(sys.argv[3]) if self.training is False else 0.0)
+        return super().forward(x, t)
+
+net = Slow([[1.0, 0.3], [0.3, 0.25]]).eval()
+head = CovarianceHead.for_model(net, noise_schedule=levels, site="out", event=(2,), features=16)
+rows = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+result = fit_covariance(
+    net, head, rows, "ocm_residual", noise_schedule=levels, steps=40, batch_size=32, resume=sys.argv[1]
+)
+head.save_pretrained(sys.argv[2])
+print(result.cost.gradients)
+"""
+
+
+def process(*arguments, **environment):
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def step_of(folder):
+    try:
+        with safe_open(folder / "checkpoint.safetensors", framework="pt") as file:
+            return json.loads(file.metadata()["values"])["step"]
+    except OSError:
+        return 0
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_unharmed(tmp_path):
+    running = process(tmp_path / "run", tmp_path / "head", 0.02)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and step_of(tmp_path / "run") < 10 and running.poll() is None:
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    assert running.returncode == -signal.SIGKILL, running.stderr.read()
+    assert 10 <= step_of(tmp_path / "run") < 40
+    for name in ("run", "unharmed"):
+        finished = process(tmp_path / name, tmp_path / f"head-{name}", 0.0)
+        assert finished.wait(120) == 0, finished.stderr.read()
+    heads = [CovarianceHead.from_pretrained(tmp_path / f"head-{name}").state_dict() for name in ("run", "unharmed")]
+    assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_share_batches_and_end_with_one_head(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    running = [
+        process(tmp_path / "run", tmp_path / f"head-{rank}", 0.0, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in (0, 1)
+    ]
+    printed = [one.communicate(timeout=180) for one in running]
+    assert [one.returncode for one in running] == [0, 0], printed
+    heads = [CovarianceHead.from_pretrained(tmp_path / f"head-{rank}").state_dict() for rank in (0, 1)]
+    assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+    assert float(heads[0]["out.weight"].abs().sum()) > 0
+    alone = process(tmp_path / "alone", tmp_path / "head-alone", 0.0)
+    rows_alone = int(alone.communicate(timeout=180)[0])
+    # 40 steps of 32 rows: 16 in each process
+    assert rows_alone - int(printed[0][0].split()[-1]) == 40 * 16

@@ -327,14 +327,15 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _bounded(self, variance: Tensor, t: int) -> Tensor:
         a, s = self.levels.pair(t)
-        if not bool(torch.isfinite(variance).all()):
+        low, high = (float(edge) for edge in variance.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise InvalidInput("the covariance is NaN or infinite: was the head fitted, on this network and its scale?")
         least = self.config.floor * (s / a) ** 2 if a > 0 else 0.0
-        bounded = variance.clamp(min(least, self._largest), self._largest)
         if s <= _COUNTED * a:
-            self._cut[0] += int((variance > self._largest).sum()) + int((variance < 0).sum())
             self._cut[1] += variance.numel()
-        return bounded
+            if low < 0 or high > self._largest:
+                self._cut[0] += int(((variance > self._largest) | (variance < 0)).sum())
+        return variance.clamp(min(least, self._largest), self._largest)
 
     def _noise(
         self, given: Any, step: Any, s: int, dtype: torch.dtype, mean: Tensor, generator: Any
