@@ -73,6 +73,7 @@ class Fit:
     `rows`: a tensor, or what has a length and gives a batch for a tensor of indices. `loss(net, batch, generator)`: a
     differentiable scalar. `counted`: the module whose rows are the bill, by default `net`. `accelerator`: accelerate's, for
     many processes and mixed precision. `measure`: the loss of held-out rows, by default `loss` itself.
+    `settled`: the step from which looks count for `patience`.
     """
 
     net: nn.Module
@@ -82,6 +83,7 @@ class Fit:
     counted: nn.Module | None = None
     accelerator: Any = None
     measure: Loss | None = None
+    settled: int = 0
     step: int = 0
     history: list[dict[str, float | None]] = field(default_factory=list)
     best_step: int = 0
@@ -112,6 +114,8 @@ class Fit:
         self.module: Any = self.net
         if self.accelerator is not None:
             self.module, self.optimizer = self.accelerator.prepare(self.net, self.optimizer)
+        if min(plan.batch_size, len(self.training)) < self._processes:
+            raise InvalidInput(f"batch_size={plan.batch_size} gives {self._processes} processes less than a row each")
         self.interval = max(1, plan.steps // _LOOKS)
 
     def run(self, folder: RunFolder | None, limit: float, show: bool) -> FitResult:
@@ -146,6 +150,9 @@ class Fit:
                     self._look()
         finally:
             hook.remove()
+            if self.accelerator is not None:
+                # what mixed precision put around the network's forward goes with the fit
+                self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
         self._set(self.best)
         self.net.zero_grad(set_to_none=True)
         if folder is not None and self.is_main:
@@ -202,12 +209,16 @@ class Fit:
                 for part in parts
             )
             held = total / sum(map(len, parts))
+            if self._processes > 1:
+                # all must choose alike, however their devices round
+                mean = self.accelerator.reduce(torch.tensor(held, dtype=torch.float64, device=self.device), "mean")
+                held = float(mean)
             self._set(own)
         if held is None or (math.isfinite(held) and held < self.best_loss) or not self.best_step:
             self.best_loss = math.inf if held is None or not math.isfinite(held) else held
             self.best, self.best_step = [mean.clone() for mean in self.average], self.step
             self.waited = 0
-        else:
+        elif self.step > self.settled:
             self.waited += 1
         trained, number = self.sum.tolist()
         entry = {"step": float(self.step), "loss": trained / number if number else None, "validation": held}

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from noisewise.diffusion import CovarianceHead, fit_covariance, fitting
+from noisewise.diffusion import CovarianceHead, NoiseLevels, fit_covariance, fitting
 from noisewise.diffusion.model import DiffusionModel
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, ocm_target
 from noisewise.errors import InvalidInput, RunFolderError
@@ -60,7 +60,15 @@ def relative(head, net, t, n=200):
 def test_every_objective_learns_the_diagonal_of_a_gaussian(objective):
     net = gaussian()
     head = head_of(net)
-    fit(net, head, data(), objective, steps=5000 if objective == "npr" else 1500, batch_size=256, learning_rate=3e-3)
+    fit(
+        net,
+        head,
+        data(),
+        objective,
+        steps=6000 if objective in ("npr", "residual_nll") else 1500,
+        batch_size=256,
+        learning_rate=3e-3,
+    )
     for t in (20, 100, 300, 600):
         truth = net.relative(t).diagonal()
         found = relative(head, net, t)
@@ -80,6 +88,42 @@ def test_tables_are_the_closed_forms_of_a_gaussian():
         # a mean of squares of 4096 rows of 2 correlated entries has a relative error of at most sqrt(2 / 4096)
         assert float(head.residual[t]) == pytest.approx(ratio * (s / a) ** 2, rel=4 * math.sqrt(2 / 4096))
         assert float(head.gamma[t]) == pytest.approx(1 - ratio, abs=4 * math.sqrt(2 / 4096))
+
+
+def test_tables_hold_between_the_levels_that_are_measured():
+    net = gaussian()
+    head = head_of(net)
+    fit(net, head, data(20_000), "analytic")
+    a, s = LEVELS.a, LEVELS.s
+    found = head.residual * (a / s).square()
+    truth = torch.stack([net.relative(t).diagonal().mean() for t in range(0, 400)])
+    # 20 000 rows at each of 50 levels, and a straight line of log r over 20 levels between them
+    assert torch.allclose(found[:400], truth, rtol=0.1)
+
+
+@pytest.mark.parametrize("objective", ["ocm", "ocm_residual", "residual_nll"])
+def test_a_schedule_that_ends_in_pure_noise_is_fitted_to_its_end(objective):
+    class Velocity(GaussianNoise):
+        def forward(self, x, t):
+            index = torch.as_tensor(t).expand(len(x)).long()
+            a, s = (table[index].unsqueeze(-1) for table in (self.levels.a, self.levels.s))
+            eps = super().forward(x, t)
+            # v = a eps - s x0, with x0 from its own posterior mean where a is 0
+            clean = torch.where(a > 0, (x - s * eps) / a.clamp(min=1e-12), self.mean.to(x))
+            return (a * eps - s * clean).to(x.dtype)
+
+    kept = LEVELS.a**2
+    ended = NoiseLevels.from_alphas_cumprod((kept - kept[-1]) * kept[0] / (kept[0] - kept[-1]), "v_prediction")
+    net = Velocity(COVARIANCE, levels=ended).eval()
+    head = CovarianceHead.for_model(net, noise_schedule=ended, site="out", event=(2,), features=16)
+    rows = data()
+    result = fit(net, head, rows, objective, noise_schedule=ended, steps=40, batch_size=256, validation=0.1)
+    assert result.cost.nonfinite == 0
+    assert all(entry["validation"] is not None and math.isfinite(entry["validation"]) for entry in result.history)
+    prediction = DiffusionModel(net, ended, "out").predict(torch.randn(5, 2), 999)
+    variance = head.clean_variance(prediction)
+    # of nothing known the posterior is the data's law
+    assert torch.allclose(variance, torch.tensor(float(COVARIANCE.diagonal().mean())).expand(5, 2), rtol=0.3)
 
 
 def test_a_fresh_head_says_the_mean_of_the_level_and_stays_positive():
@@ -154,6 +198,19 @@ def test_without_data_it_learns_from_its_own_trajectories():
         assert torch.allclose(relative(head, net, t), truth, rtol=0.25, atol=5e-3)
 
 
+def test_another_map_is_not_continued(tmp_path):
+    net = gaussian()
+    fit(net, head_of(net), data(), steps=4, resume=tmp_path)
+    with pytest.raises(RunFolderError, match="parametrization="):
+        fit(net, head_of(net, parity=True), data(), steps=4, resume=tmp_path)
+
+
+def test_patience_waits_for_the_residuals():
+    net = gaussian()
+    result = fit(net, head_of(net), data(), "ocm_residual", steps=100, patience=1, learning_rate=1e-9)
+    assert result.steps >= 70
+
+
 def test_patience_ends_a_fit():
     net = gaussian()
     result = fit(net, head_of(net), data(), steps=400, patience=1, learning_rate=1e-9)
@@ -219,6 +276,7 @@ def test_bad_input_is_named(shapes_unchecked):
         ({"rows": torch.zeros(40, 3)}, r"shape \(2,\)"),
         ({"rows": torch.full((40, 2), math.nan)}, "40 of 40 rows"),
         ({"rows": data(4)}, "at least 8 rows"),
+        ({"rows": "my_images"}, "read_images"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"probes": 0}, "probes"),
         ({"mixed_precision": "fp8"}, "fp8"),

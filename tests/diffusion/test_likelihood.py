@@ -125,10 +125,12 @@ def test_bad_input_is_named(shapes_unchecked):
         ({"last": "none"}, "'none'"),
         ({"covariance": "diag"}, "'diag'"),
         ({"data": x * math.nan}, "finite"),
+        ({"clip": 1.0}, "clip=None"),
+        ({"steps": [5, 10]}, "must reach the noise"),
         ({"noise_schedule": None}, "noise_schedule"),
     ]
     for options, message in cases:
-        settings = {"data": x, "covariance": None, "steps": 5, "noise_schedule": LEVELS} | options
+        settings = {"data": x, "covariance": None, "steps": 5, "noise_schedule": LEVELS, "clip": None} | options
         with pytest.raises(InvalidInput, match=message):
             vlb_terms(net, settings.pop("data"), settings.pop("covariance"), settings.pop("steps"), **settings)
 

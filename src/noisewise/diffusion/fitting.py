@@ -1,9 +1,10 @@
 """`fit_covariance`: trains a covariance head on a frozen diffusion network, on accelerate, with exact resumption."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,32 +106,34 @@ def fit_covariance(
     with frozen(known.network):
         generator = torch.Generator(device=head.device).manual_seed(plan.seed + 1)
         rows = Trajectories.of(known, event, generator) if data is None else as_rows(data, event, head.device)
-        config = _config(plan, objective, probes, control_variate, rows, head, known)
+        config = _config(plan, objective, probes, control_variate, rows, head, known, mixed_precision or "no")
         head.register_to_config(objective=objective)
         head.train()
-        before = known.calls
-        _fill_tables(head, known, rows, generator, by_probes=data is None)
-        calls = known.calls - before
+        before, begin = known.calls, time.monotonic()
+        _fill_tables(head, known, rows, generator, data is None, objective == "analytic")
+        control = _control(known, rows, generator) if control_variate else None
+        prepared = Cost(energies=known.calls - before, seconds=time.monotonic() - begin)
         if objective == "analytic":
             head.eval()
-            return FitResult(head, [], 0, 0, Cost(energies=calls))
-        control = _control(known, rows, generator) if control_variate else None
+            return FitResult(head, [], 0, 0, prepared)
         accelerator = accelerator or _accelerator(mixed_precision, head.device)
         loss: Loss = _HeadLoss(known, head, objective, probes, control)
         measure: Loss | None = None
+        settled = 0
         if objective == "ocm_residual":
             first, second = (_HeadLoss(known, head, part, probes, control) for part in ("ocm", "residual_nll"))
             measure = second
+            settled = math.ceil(_OCM_SHARE * plan.steps)
 
             def loss(module: Any, batch: Rows, own: torch.Generator) -> Tensor:
-                return (first if fit.step < _OCM_SHARE * plan.steps else second)(module, batch, own)
+                return (first if fit.step < settled else second)(module, batch, own)
 
         fit = Fit(
-            head, rows, loss, plan, counted=known.network, accelerator=accelerator, measure=measure
+            head, rows, loss, plan, counted=known.network, accelerator=accelerator, measure=measure, settled=settled
         )  # fmt: skip
         result = run_fit(fit, _KIND, config, resume, limit, progress)
     head.eval()
-    return result
+    return replace(result, cost=result.cost + prepared)
 
 
 @dataclass
@@ -150,17 +153,18 @@ class _HeadLoss:
             target = ocm_target(prediction, self.probes, generator, self.control)
         elif self.objective == "sn":
             target = sn_target(eps)
-        else:
+        elif self.objective == "npr":
             target = npr_target(prediction, eps)
         prediction.free()
         # through the module itself, so that several processes share gradients
-        output = self.head.mapped(module(prediction.features, prediction.t).float(), prediction)
+        o = module(prediction.features, prediction.t).float()
         if self.objective == "residual_nll":
-            value = 0.5 * (target / output + output.log())
-        elif self.objective == "vlb":
-            value = self._bound(output, prediction, clean)
-        else:
-            value = (output - target).square()
+            # in units of the level's mean, which are finite at pure noise too
+            share = self.head.share(o)
+            error = (clean - prediction.clean).square() / self.head.mean_variance(prediction)
+            return 0.5 * (error / share + share.log()).flatten(1).sum(1).mean()
+        output = self.head.mapped(o, prediction)
+        value = self._bound(output, prediction, clean) if self.objective == "vlb" else (output - target).square()
         return value.flatten(1).sum(1).mean()
 
     def _bound(self, logit: Tensor, prediction: Prediction, clean: Tensor) -> Tensor:
@@ -215,34 +219,47 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def _fill_tables(
-    head: CovarianceHead, model: DiffusionModel, rows: Any, generator: torch.Generator, by_probes: bool
+    head: CovarianceHead, model: DiffusionModel, rows: Any, generator: torch.Generator, by_probes: bool, every: bool
 ) -> None:
-    """`residual` and `gamma` at every level, from a pass over some rows at each of a grid of levels."""
-    steps = len(model.levels)
+    """`residual` and `gamma` at every level, from a pass over some rows (`every`: all) at each of a grid of levels."""
+    a, s = model.levels.a, model.levels.s
+    steps = int((a > 0).sum())
     grid = torch.linspace(0, steps - 1, min(steps, _GRID)).round().long().unique().tolist()
-    residual, gamma = [], []
+    number = len(rows) if every else max(_ROWS, _ENTRIES // math.prod((head.config.channels, *head.config.event)))
+    ratio, gamma = [], []
     for t in grid:
-        if by_probes:
-            part = rows.near(t, _CHUNK)
-            prediction, _, _ = noised(model, part, generator, True)
-            ratio = float((prediction.s / prediction.a).square().mean())
-            residual.append(max(float(ocm_target(prediction, 4, generator).mean()), _LEAST) * ratio)
-            gamma.append(float(prediction.eps.square().mean()))
-            prediction.free()
-            continue
-        number = max(_ROWS, _ENTRIES // math.prod((head.config.channels, *head.config.event)))
-        picked = torch.randint(len(rows), (min(number, len(rows)),), generator=generator, device=generator.device)
-        errors, squares = [], []
-        for index in picked.split(max(_CHUNK, number // 4)):
-            with torch.no_grad():
-                prediction, clean, _ = noised(model, rows[index], generator, False, t=t)
-            errors.append((clean - prediction.clean).square().flatten(1).double().mean(1))
-            squares.append(prediction.eps.square().flatten(1).double().mean(1))
-        residual.append(float(torch.cat(errors).mean()))
-        gamma.append(float(torch.cat(squares).mean()))
-    logs = torch.tensor(residual, dtype=torch.float64).log()
-    head.residual.copy_(_interpolated(grid, logs, steps).exp())
-    head.gamma.copy_(_interpolated(grid, torch.tensor(gamma, dtype=torch.float64), steps))
+        error, square = _pass(model, rows, generator, t, number, by_probes)
+        ratio.append(error)
+        gamma.append(square)
+    # r is smooth in t, where the variance itself rises twentyfold between two levels of the grid
+    smooth = _interpolated(grid, torch.tensor(ratio, dtype=torch.float64).log(), steps).exp()
+    residual = smooth * (s[:steps] / a[:steps]).square()
+    predicted = _interpolated(grid, torch.tensor(gamma, dtype=torch.float64), steps)
+    # at pure noise, if the schedule ends there, x0 is as uncertain as just before
+    head.residual.copy_(torch.cat([residual, residual[-1:].expand(len(a) - steps)]))
+    head.gamma.copy_(torch.cat([predicted, predicted[-1:].expand(len(a) - steps)]))
+
+
+def _pass(
+    model: DiffusionModel, rows: Any, generator: torch.Generator, t: int, number: int, by_probes: bool
+) -> tuple[float, float]:
+    """Mean r, and mean square of the predicted noise, at level t."""
+    if by_probes:
+        prediction, _, _ = noised(model, rows.near(t, _CHUNK), generator, True)
+        ratio = max(float(ocm_target(prediction, 4, generator).mean()), _LEAST)
+        prediction.free()
+        return ratio, float(prediction.eps.square().mean())
+    picked = torch.randint(len(rows), (min(number, len(rows)),), generator=generator, device=generator.device)
+    if number >= len(rows):
+        picked = torch.arange(len(rows), device=generator.device)
+    errors, squares = [], []
+    for index in picked.split(max(_CHUNK, number // 4)):
+        with torch.no_grad():
+            prediction, clean, _ = noised(model, rows[index], generator, False, t=t)
+        scaled = (clean - prediction.clean) * (prediction.a / prediction.s)
+        errors.append(scaled.square().flatten(1).double().mean(1))
+        squares.append(prediction.eps.square().flatten(1).double().mean(1))
+    return float(torch.cat(errors).mean()), float(torch.cat(squares).mean())
 
 
 def _interpolated(grid: list[int], values: Tensor, steps: int) -> Tensor:
@@ -293,16 +310,26 @@ def _accelerator(mixed_precision: str | None, device: torch.device) -> Any:
 
 
 def _config(
-    plan: Plan, objective: str, probes: int, control: bool, rows: Any, head: CovarianceHead, model: DiffusionModel
+    plan: Plan,
+    objective: str,
+    probes: int,
+    control: bool,
+    rows: Any,
+    head: CovarianceHead,
+    model: DiffusionModel,
+    precision: str,
 ) -> dict[str, Any]:
     weights = [value for name, value in head.state_dict().items() if name not in ("residual", "gamma", "a", "s")]
     return {
         **{name: value for name, value in vars(plan).items() if name != "clip"},
         "objective": objective,
+        "parametrization": head.config.parametrization,
+        "schedule": model.levels.digest,
+        "mixed_precision": precision,
         "probes": probes,
         "control_variate": control,
         "rows": len(rows),
         "data": rows.name(_FINGERPRINT),
-        "model": fingerprint([weight[:64] for weight in model.network.parameters()]),
+        "model": fingerprint([torch.zeros(1), *(weight.flatten()[:64] for weight in model.network.parameters())]),
         "start": fingerprint(weights),
     }

@@ -1,6 +1,7 @@
 """`CovarianceHead`: a small network on the features of a frozen one, which says how uncertain each pixel of x0 is."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,6 +176,14 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return 1 + o
         return self.mean_ratio(prediction) * _positive(o)
 
+    def mean_variance(self, prediction: Prediction) -> Tensor:
+        """E (x0 - E[x0 | x_t])^2 per entry of the level, to broadcast against x_t."""
+        return self._at("residual", prediction)
+
+    def share(self, o: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """The positive map: r over the level's mean, 1.001 at o = 0."""
+        return _positive(o)
+
     def mean_ratio(self, prediction: Prediction) -> Tensor:
         """rbar(t), to broadcast against x_t."""
         return self._at("residual", prediction) * (prediction.a / prediction.s).square()
@@ -240,6 +249,10 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, folder: Any, **options: Any) -> "CovarianceHead":
         """As `ModelMixin.from_pretrained`; raises `RunFolderError` for the folder of another class, and an incomplete one."""
+        if isinstance(folder, str | Path) and not (Path(folder) / "config.json").exists():
+            # what `noisewise diffusion fit -o FOLDER` leaves
+            inner = Path(folder) / "head"
+            folder = inner if (inner / "config.json").exists() else folder
         try:
             found = cls.load_config(folder).get("_class_name")
             if found == cls.__name__:

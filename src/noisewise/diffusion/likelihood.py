@@ -79,6 +79,16 @@ def vlb_terms(
     visited = step_schedule(total, steps) if isinstance(steps, int) else [check_count("steps", t) for t in steps]
     if len(visited) < 2 or visited != sorted(set(visited)) or visited[-1] > total:
         raise InvalidInput(f"steps must be at least two rising indices in 1 .. {total}, got {visited[:8]}")
+    if visited[-1] < total / 2:
+        raise InvalidInput(
+            f"steps={visited[:8]} are indices in 1 .. {total} and must reach the noise; one number says how many"
+        )
+    reach = float(data.abs().max())
+    if clip is not None and reach > 1.001 * clip:
+        raise InvalidInput(
+            f"the data reach {reach:.4g}, beyond clip={clip:g} to which x0 is cut: give clip=None, or data on the scale that the "
+            "model was trained on"
+        )
     generator = torch.Generator(data.device).manual_seed(check_count("seed", seed, 0))
     large = covariance == "large" if isinstance(covariance, str) else False
     source = None if large else as_source(covariance, generator)
@@ -166,12 +176,13 @@ class _Bound:
             return torch.full_like(offset, value), offset
         found = self.source(prediction, s)
         if isinstance(found, Tensor):
-            least = self.floor * float((prediction.s / prediction.a).square().flatten()[0]) if self.floor else 0.0
+            a, sigma = float(prediction.a.flatten()[0]), float(prediction.s.flatten()[0])
+            least = self.floor * (sigma / a) ** 2 if a > 0 else 0.0
             clean = found.double().flatten(1).clamp(min(least, self.most), self.most)
         else:
             # along its own axes a matrix is a diagonal
             full = FullCovariance(found.dense().double())
-            clean, offset = full.eigenvalues, full.along(offset)
+            clean, offset = full.eigenvalues.clamp(max=self.most * offset.shape[1]), full.along(offset)
         prediction.free()
         variance = step.variance + step.gain**2 * clean
         if not bool(torch.isfinite(variance).all()):

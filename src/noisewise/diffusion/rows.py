@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,10 @@ def as_rows(data: Any, event: tuple[int, ...], device: torch.device) -> Any:
     Raises `InvalidInput` for events of another shape, NaN, and fewer than 8 rows.
     """
     conditions: dict[str, Tensor] = {}
+    if isinstance(data, str | Path):
+        raise InvalidInput(
+            f"data must be tensors or a Dataset, got the path {str(data)!r}: read_images(path, channels, size)"
+        )
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
         conditions, data = {"class_labels": torch.as_tensor(data[1])}, data[0]
     if not isinstance(data, Tensor) and hasattr(data, "__array__"):

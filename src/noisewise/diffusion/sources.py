@@ -4,6 +4,7 @@ A source is called with a `Prediction`, and the level that the step goes to, and
 tensor of variances in the shape of x_t, or a `Covariance` operator on flattened events.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,11 +74,9 @@ class ProbeSource:
 
     def __call__(self, prediction: Prediction, previous: int | None = None) -> Float[Tensor, "batch *event"]:
         """diag Cov[x0 | x_t], which may be negative where probes are few or the network is no score; 1 at pure noise."""
-        if not bool((prediction.a > 0).all()):
-            return torch.ones_like(prediction.clean)
         r = ocm_target(prediction, self.probes, self.generator)
         prediction.free()
-        return r * (prediction.s / prediction.a).square()
+        return torch.where(prediction.a > 0, r * (prediction.s / prediction.a).square(), 1.0)
 
 
 @dataclass(frozen=True)
@@ -98,14 +97,13 @@ class LanczosSource:
 
     def __call__(self, prediction: Prediction, previous: int | None = None) -> Tensor | KrylovCovariance:
         """Cov[x0 | x_t] as an operator on flattened events, whose draws keep the prediction's graph alive; 1 at pure noise."""
-        if not bool((prediction.a > 0).all()):
-            return torch.ones_like(prediction.clean)
         flat = prediction.clean.flatten(1)
         shape = prediction.clean.shape
         scale = (prediction.s / prediction.a).square()
 
         def product(v: Tensor) -> Tensor:
-            return (scale * prediction.product(v.reshape(shape))).flatten(1)
+            shaped = v.reshape(shape)
+            return torch.where(prediction.a > 0, scale * prediction.product(shaped), shaped).flatten(1)
 
         largest = float(flat.shape[1]) if self.largest is None else self.largest
         return KrylovCovariance(product, flat, self.generator, self.rank, largest=largest)
@@ -113,16 +111,20 @@ class LanczosSource:
 
 @dataclass(frozen=True)
 class DctSource:
-    """The head's variances with correlations between pixels: one spectrum a level in the basis of the DCT, `fit_spectrum`."""
+    """The head's variances with correlations between pixels: one spectrum a level in the basis of the DCT, `fit_spectrum`.
+
+    Variances are cut at `max_variance`.
+    """
 
     head: CovarianceHead
     spectrum: Float[Tensor, "T *event"]
+    max_variance: float | int = math.inf
     graph: bool = False
 
     def __call__(self, prediction: Prediction, previous: int | None = None) -> "DctCovariance":
         """Cov[x0 | x_t]."""
         with torch.no_grad():
-            variance = self.head.clean_variance(prediction)
+            variance = self.head.clean_variance(prediction).clamp(max=self.max_variance)
         spectrum = self.spectrum.to(variance)[prediction.t.to(self.spectrum.device)]
         return DctCovariance(variance, spectrum)
 

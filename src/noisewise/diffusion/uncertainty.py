@@ -69,6 +69,13 @@ def _mean_square(operator: Covariance, draws: int, generator: torch.Generator) -
     return torch.stack([operator.sample(generator).square() for _ in range(draws)]).mean(0)
 
 
+def _error_over_rows(values: Tensor, part: Tensor, entries: int) -> float:
+    """Standard error of the mean over `part`, with entries of one row taken as dependent."""
+    offset = values[part] - values[part].mean()
+    per_row = values.new_zeros(len(values) // entries).index_add(0, part // entries, offset)
+    return float(per_row.square().sum().sqrt() / len(part))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Predicted variances against squared errors, entries sorted by prediction into bins of equal number.
@@ -102,6 +109,7 @@ def calibration(
     bins = check_count("bins", bins, 2)
     generator = torch.Generator(head.device).manual_seed(check_count("seed", seed, 0))
     kept = as_rows(data, (head.config.channels, *head.config.event), head.device)
+    known.levels.index(t, 1, head.device)
     index = torch.randperm(len(kept), generator=generator, device=head.device)[:rows]
     with frozen(known.network), torch.no_grad():
         prediction, clean, _ = noised(known, kept[index], generator, False, t=check_count("t", t, 0))
@@ -115,7 +123,7 @@ def calibration(
         t,
         tuple(float(variance[part].mean()) for part in parts),
         tuple(float(errors[part].mean()) for part in parts),
-        tuple(float(errors[part].std() / len(part) ** 0.5) for part in parts),
+        tuple(_error_over_rows(errors, part, squares[0].numel()) for part in parts),
         float(per_row.mean()),
         float(per_row.std() / len(per_row) ** 0.5),
     )

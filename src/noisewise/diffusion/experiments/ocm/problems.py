@@ -32,7 +32,9 @@ _COMMON = (
     "residual NLL",
     "OCM, linear (paper)",
     "OCM, linear, floor .01 at use",
+    "NPR, softplus",
     "NPR",
+    "NPR, floor .01 at use",
     "SN",
     "I-DDPM",
     "Analytic",
@@ -135,7 +137,8 @@ def _mixture_columns(name: str, drawn: Drawn) -> dict[str, Measurement]:
 
         def r(x_t: Tensor, t: Tensor) -> Tensor:
             with torch.no_grad():
-                return head.relative_variance(model.predict(x_t.float(), t))
+                prediction = model.predict(x_t.float(), t)
+                return drawn.source(prediction) * (prediction.a / prediction.s).square()
 
         found |= covariance_errors(r, name)
     return found

@@ -31,6 +31,7 @@ _HEADS = {
     "OCM, then residuals": ("ocm_residual", False),
     "residual NLL": ("residual_nll", False),
     "OCM, linear (paper)": ("ocm", True),
+    "NPR, softplus": ("npr", False),
     "NPR": ("npr", True),
     "SN": ("sn", True),
     "I-DDPM": ("vlb", True),
@@ -117,13 +118,14 @@ def covariance_systems(
             head, note = fitted(s.seed, name)
             return HeadSource(head), (note,)
         if name.endswith("floor .01 at use"):
-            return _Floored(fitted(s.seed, "OCM, linear (paper)")[0], 0.01), ()
+            linear = "NPR" if name.startswith("NPR") else "OCM, linear (paper)"
+            return _Floored(fitted(s.seed, linear)[0], 0.01), ()
         if name == "OCM, DCT":
             head, _ = fitted(s.seed, "OCM")
             model = DiffusionModel(s.net, s.scheduler().levels, head.config.site)
-            return DctSource(head, fit_spectrum(model, head, s.train)), ()
+            return DctSource(head, fit_spectrum(model, head, s.train), s.max_variance), ()
         if name.startswith("Lanczos"):
-            return LanczosSource(s.rank, generator), ()
+            return LanczosSource(s.rank, generator, largest=s.max_variance * s.train[0].numel()), ()
         if name.startswith("probes"):
             return ProbeSource(s.probes, generator), ()
         return oracles.get(name), ()
@@ -186,7 +188,7 @@ def solver_systems(setup: Callable[[int], Setup]) -> tuple[System, ...]:
 
     solver = "DPMSolverMultistepScheduler"
     return (
-        System("diffusers DDIM", draw_by("DDIMScheduler", True, timestep_spacing="linspace")),
+        System("diffusers DDIM", draw_by("DDIMScheduler", True, timestep_spacing="trailing")),
         System("DPM-Solver++", draw_by(solver, True, timestep_spacing="trailing")),
         System("DPM-Solver++, linspace", draw_by(solver, True, timestep_spacing="linspace")),
         System(
