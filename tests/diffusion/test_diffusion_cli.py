@@ -350,16 +350,16 @@ def test_a_comparison_has_every_sampler_its_calls_and_keeps_finished_rows(pipe, 
     command = ("compare", pipe, data / "held.npy", "--head", fitted, "-n", 20, "--seeds", 2, "-o", out)
     rows = answer(capsys, *command, "--steps", "3")["rows"]
     names = [
-        "DDPM", "DDIM", "DPM-Solver++", "UniPC", "head, DDPM", "head, eta 0",
+        "DDPM, beta~", "DDPM, beta", "DDIM", "DPM-Solver++", "UniPC", "head, DDPM", "head, eta 0",
     ]  # fmt: skip
     assert [row["sampler"] for row in rows] == names
     assert all(row["calls_per_image"] == 3 for row in rows)
-    assert {row["sampler"] for row in rows if "bits_per_dim" in row} == {"DDPM", "head, DDPM"}
+    assert {row["sampler"] for row in rows if "bits_per_dim" in row} == {"DDPM, beta~", "DDPM, beta", "head, DDPM"}
     assert all(row["mmd2"]["value"] > row["mmd2"]["floor"] > 0 for row in rows)
     more = answer(capsys, *command, "--steps", "3,4")["rows"]
     # the very seconds of the rows that were there
-    assert more[:6] == rows
-    assert len(more) == 12
+    assert more[:7] == rows
+    assert len(more) == 14
     capsys.readouterr()
     run(*command, "--steps", "3,4")
     said = capsys.readouterr().out
@@ -371,8 +371,8 @@ def test_images_of_diffusers_samplers_are_those_of_its_pipeline(pipe):
     from diffusers import DDIMPipeline
 
     loaded = commands._load(str(pipe), "cpu")
-    drawn = commands._theirs(loaded, "DDIMScheduler", 4, 5, 7)
-    theirs = DDIMPipeline(loaded.network, DDIMScheduler(num_train_timesteps=100, timestep_spacing="linspace"))
+    drawn = commands._theirs(loaded, "DDIM", 4, 5, 7)
+    theirs = DDIMPipeline(loaded.network, DDIMScheduler(num_train_timesteps=100, timestep_spacing="trailing"))
     theirs.set_progress_bar_config(disable=True)
     made = theirs(4, torch.Generator().manual_seed(7), num_inference_steps=5, output_type="np").images
     torch.testing.assert_close(

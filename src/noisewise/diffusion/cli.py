@@ -41,12 +41,13 @@ _BATCH, _ON_SHEET, _MAPPED = 64, 64, 6
 _CONDITIONED = ("cross_attention_dim", "num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
 # what the fixed variances are called in tables and in JSON
 _FIXED = {"beta~": None, "beta": "large"}
-# the samplers of diffusers, and their classes
+# the samplers of diffusers: class, variance, spacing. DDIM steps by T // K whatever it visits, which only "trailing" suits
 _PEERS = {
-    "DDPM": "DDPMScheduler",
-    "DDIM": "DDIMScheduler",
-    "DPM-Solver++": "DPMSolverMultistepScheduler",
-    "UniPC": "UniPCMultistepScheduler",
+    "DDPM, beta~": ("DDPMScheduler", "fixed_small", "linspace"),
+    "DDPM, beta": ("DDPMScheduler", "fixed_large", "linspace"),
+    "DDIM": ("DDIMScheduler", "fixed_small", "trailing"),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", "fixed_small", "linspace"),
+    "UniPC": ("UniPCMultistepScheduler", "fixed_small", "linspace"),
 }
 
 diffusion_app = typer.Typer(
@@ -349,7 +350,7 @@ def _checked(source: str, pipeline: Any, device: str | None) -> _Loaded:
         why = f"takes conditions ({', '.join(asked)})" if asked else "works on latents"
         raise InvalidInput(
             f"{kind} {why}; this command line is for pipelines of images without conditions. From Python: "
-            "fit_covariance(model, head, data) on latents and class_labels, and attach(pipeline, head)"
+            "fit_covariance(model, head, (data, class_labels)), then generate(..., class_labels=...) or attach(pipeline, head)"
         )
     channels, size = network.config.get("in_channels"), network.config.get("sample_size")
     if channels is None or size is None:
@@ -685,8 +686,8 @@ def _ours(loaded: _Loaded, scheduler: Any, covariance: Any, n: int, steps: int, 
     return generate(loaded.network, scheduler, (n, *loaded.event), steps, covariance, seed=seed)
 
 
-def _theirs(loaded: _Loaded, kind: str, n: int, steps: int, seed: int) -> "torch.Tensor":
-    """Images by a scheduler of diffusers, at even spacing with both ends, as ours."""
+def _theirs(loaded: _Loaded, name: str, n: int, steps: int, seed: int) -> "torch.Tensor":
+    """Images by a sampler of diffusers."""
     import inspect
 
     import torch
@@ -694,7 +695,7 @@ def _theirs(loaded: _Loaded, kind: str, n: int, steps: int, seed: int) -> "torch
     from noisewise.diffusion.fitting import frozen
     from noisewise.diffusion.model import declares_variance, first_channels, tensor_of
 
-    scheduler = _peer(loaded, kind)
+    scheduler = _peer(loaded, name)
     scheduler.set_timesteps(steps, device=loaded.device)
     generator = torch.Generator(loaded.device).manual_seed(seed)
     random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -708,9 +709,10 @@ def _theirs(loaded: _Loaded, kind: str, n: int, steps: int, seed: int) -> "torch
     return x
 
 
-def _peer(loaded: _Loaded, kind: str) -> Any:
+def _peer(loaded: _Loaded, name: str) -> Any:
+    kind, variance, spacing = _PEERS[name]
     config = dict(loaded.pipeline.scheduler.config)
-    config |= {"timestep_spacing": "linspace", "variance_type": "fixed_small", "_class_name": kind}
+    config |= {"timestep_spacing": spacing, "variance_type": variance, "_class_name": kind}
     return getattr(require("diffusers", "diffusion"), kind).from_config(config)
 
 
@@ -751,16 +753,17 @@ def _samplers(loaded: _Loaded, head: "CovarianceHead") -> dict[str, tuple[Draw, 
     """`draw(n, steps, seed)` of each sampler, and the variance of its bound where it has one."""
     from noisewise.diffusion.scheduler import CovarianceScheduler
 
-    def peer(kind: str) -> Draw:
-        return lambda n, steps, seed: _theirs(loaded, kind, n, steps, seed)
+    def peer(name: str) -> Draw:
+        return lambda n, steps, seed: _theirs(loaded, name, n, steps, seed)
 
     def own(eta: float | None) -> Draw:
         scheduler = CovarianceScheduler.from_config(loaded.pipeline.scheduler.config, eta=eta)
         return lambda n, steps, seed: _ours(loaded, scheduler, head, n, steps, seed)
 
     found: dict[str, tuple[Draw, tuple[Any, ...]]] = {}
-    for name, kind in _PEERS.items():
-        found[name] = (peer(kind), (None,) if name == "DDPM" else ())
+    for name in _PEERS:
+        fixed = name.removeprefix("DDPM, ")
+        found[name] = (peer(name), (_FIXED[fixed],) if fixed in _FIXED else ())
     found["head, DDPM"] = (own(None), (head,))
     found["head, eta 0"] = (own(0.0), ())
     return found
@@ -855,7 +858,7 @@ def _show_comparison(rows: list[dict[str, Any]], n: int, seeds: int) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "The bound is one of the stochastic samplers with the smaller fixed variance and with the head; the others have none. "
+        "The bound is one of the stochastic samplers, with either fixed variance and with the head; the others have none. "
         "MMD² of pixels sees brightness and shapes, not details: for large images measure features.",
         highlight=False,
     )
