@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from noisewise.diffusion import CovarianceHead, NoiseLevels, fit_covariance, fitting
 from noisewise.diffusion.model import DiffusionModel
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, ocm_target
-from noisewise.errors import InvalidInput, RunFolderError
+from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 
 LEVELS = linear_levels()
 COVARIANCE = torch.tensor([[1.0, 0.3], [0.3, 0.25]], dtype=torch.float64)
@@ -150,6 +150,20 @@ def test_the_model_is_left_as_it_was():
     assert net.dropout.training
     assert net.scale.requires_grad
     assert net.scale.grad is None
+
+
+def test_a_head_of_other_weights_is_warned_of():
+    net = gaussian()
+    head = head_of(net)
+    fit(net, head, data(), "ocm", steps=1)
+    head.check_model(net, LEVELS)
+    head.check_model(copy.deepcopy(net).to(torch.bfloat16), LEVELS)
+    with torch.no_grad():
+        net.scale.mul_(1.3)
+    with pytest.warns(NoisewiseWarning, match="other weights"):
+        head.check_model(net, LEVELS)
+    fit(net, head, data(), "ocm", steps=1)
+    head.check_model(net, LEVELS)
 
 
 def test_dropout_is_off_during_a_fit():

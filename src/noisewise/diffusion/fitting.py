@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisewise.diffusion.head import OBJECTIVES, CovarianceHead
+from noisewise.diffusion.head import OBJECTIVES, CovarianceHead, weights_of
 from noisewise.diffusion.model import DiffusionModel, Prediction, as_diffusion_model
 from noisewise.diffusion.rows import Rows, Trajectories, as_rows
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, npr_target, ocm_target, sn_target
@@ -94,7 +94,7 @@ def fit_covariance(
     limit = math.inf if max_seconds is None else check_positive("max_seconds", max_seconds)
     probes = check_count("probes", probes)
     known = as_diffusion_model(model, noise_schedule, head.config.site)
-    head.check_model(known.network, known.levels)
+    head.check_model(known.network, known.levels, fitting=True)
     _check_precision(known.network)
     if head.config.parametrization == "softplus" and objective == "sn":
         raise InvalidInput(
@@ -107,7 +107,7 @@ def fit_covariance(
         generator = torch.Generator(device=head.device).manual_seed(plan.seed + 1)
         rows = Trajectories.of(known, event, generator) if data is None else as_rows(data, event, head.device)
         config = _config(plan, objective, probes, control_variate, rows, head, known, mixed_precision or "no")
-        head.register_to_config(objective=objective)
+        head.register_to_config(objective=objective, weights=config["model"])
         head.train()
         before, begin = known.calls, time.monotonic()
         _fill_tables(head, known, rows, generator, data is None, objective == "analytic")
@@ -330,6 +330,6 @@ def _config(
         "control_variate": control,
         "rows": len(rows),
         "data": rows.name(_FINGERPRINT),
-        "model": fingerprint([torch.zeros(1), *(weight.flatten()[:64] for weight in model.network.parameters())]),
+        "model": weights_of(model.network),
         "start": fingerprint(weights),
     }

@@ -1,6 +1,7 @@
 """`CovarianceHead`: a small network on the features of a frozen one, which says how uncertain each pixel of x0 is."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from noisewise.diffusion.levels import NoiseLevels
 from noisewise.diffusion.model import Prediction, module_at
 from noisewise.diffusion.reverse import reverse_step
-from noisewise.errors import InvalidInput, RunFolderError, require
+from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError, require
+from noisewise.training import fingerprint
 
 ConfigMixin, register_to_config = (
     getattr(require("diffusers.configuration_utils", "diffusion"), name)
@@ -19,13 +21,15 @@ ConfigMixin, register_to_config = (
 )
 ModelMixin = require("diffusers.models.modeling_utils", "diffusion").ModelMixin
 
-__all__ = ["OBJECTIVES", "CovarianceHead"]
+__all__ = ["OBJECTIVES", "CovarianceHead", "weights_of"]
 
 OBJECTIVES = ("ocm", "ocm_residual", "npr", "sn", "residual_nll", "vlb", "analytic")
 _KINDS = ("simple", "complex")
 # the least relative variance, as a share of the level's mean
 _FLOOR = 1e-3
 _SHIFT = math.log(math.e - 1)
+# how near two fingerprints of weights are that differ by the rounding of half precision
+_SAME = 0.02
 # input of these modules, of which a trunk has at least one, is the last feature map before the output
 _SITES = ("conv_norm_out", "norm_out", "conv_out")
 
@@ -56,6 +60,7 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
         schedule: str = "",
         prediction: str = "epsilon",
         num_train_timesteps: int = 1000,
+        weights: float | None = None,
     ) -> None:
         super().__init__()
         self.before = _Residual(features, layout, len(event)) if kind == "complex" else None
@@ -225,8 +230,11 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
         shape = (-1,) + (1,) * (prediction.clean.ndim - 1)
         return found.to(device=prediction.clean.device, dtype=torch.float32).reshape(shape)
 
-    def check_model(self, model: nn.Module, levels: NoiseLevels) -> None:
-        """Raise `InvalidInput` where `model` or its schedule is not what the head was fitted on."""
+    def check_model(self, model: nn.Module, levels: NoiseLevels, fitting: bool = False) -> None:
+        """Raise `InvalidInput` where `model` or its schedule is not what the head was made for.
+
+        Warns (`NoisewiseWarning`) where the head was fitted on other weights, unless it is about to be fitted anew.
+        """
         name = type(model).__name__
         if name != self.config.trunk:
             raise InvalidInput(f"the head was made for a {self.config.trunk}, got a {name}")
@@ -245,6 +253,17 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise InvalidInput(
                 f"the head reads {self.config.features} channels, {name}.{self.config.site} takes {width}"
             )
+        known = self.config.weights
+        if (
+            not fitting
+            and known is not None
+            and not math.isclose(known, weights_of(model), rel_tol=_SAME, abs_tol=_SAME)
+        ):
+            warnings.warn(
+                f"the head was fitted on other weights of {name}, whose uncertainty it tells: fit it again on these",
+                NoisewiseWarning,
+                stacklevel=3,
+            )
 
     @classmethod
     def from_pretrained(cls, folder: Any, **options: Any) -> "CovarianceHead":
@@ -260,6 +279,11 @@ class CovarianceHead(ModelMixin, ConfigMixin):  # type: ignore[misc]
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{folder} holds no saved CovarianceHead: {error}") from error
         raise RunFolderError(f"{folder} holds a saved {found!r}, not a CovarianceHead: load it with its own class")
+
+
+def weights_of(network: nn.Module) -> float:
+    """One number that other weights of the network do not have, and that a cast to half precision hardly changes."""
+    return fingerprint([torch.zeros(1), *(weight.flatten()[:64] for weight in network.parameters())])
 
 
 def _positive(o: Tensor) -> Tensor:
