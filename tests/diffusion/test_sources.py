@@ -353,3 +353,10 @@ def test_generate_refuses_what_fits_no_network(shapes_unchecked):
     for covariance in (head, HeadSource(head)):
         with pytest.raises(InvalidInput, match="another noise schedule"):
             generate(net, scheduler, (1, 1, 8, 8), 3, covariance)
+
+
+def test_events_of_another_shape_are_refused_before_the_network_sees_them():
+    with pytest.raises(InvalidInput, match=r"\[batch, 1, \*space\], got x_t of shape \(2, 3, 8, 8\)"):
+        generate(unet(), schedule(), (2, 3, 8, 8), 4)
+    with pytest.raises(InvalidInput, match=r"\(batch, \*event\)"):
+        generate(unet(), schedule(), (8,), 4)

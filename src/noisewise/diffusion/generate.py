@@ -37,6 +37,8 @@ def generate(
         raise InvalidInput(
             f"scheduler must be a CovarianceScheduler, got {type(scheduler).__name__}: use its from_config"
         )
+    if len(shape) < 2:
+        raise InvalidInput(f"shape must be (batch, *event), got {tuple(shape)}")
     head = getattr(covariance, "head", covariance)
     config = getattr(head, "config", None)
     known = as_diffusion_model(model, scheduler.levels, getattr(config, "site", None))

@@ -76,8 +76,13 @@ class DiffusionModel:
     def predict(self, x_t: Float[Tensor, "batch *event"], t: Any, graph: bool = False, **conditions: Any) -> Prediction:
         """Evaluate once, in the network's own mode. `graph`: keep what `Prediction.product` needs.
 
-        Raises `InvalidInput` for an output of another shape, and for a time step outside the schedule.
+        Raises `InvalidInput` for x_t or an output of another shape, and for a time step outside the schedule.
         """
+        channels = getattr(self.network, "config", {}).get("in_channels")
+        if channels is not None and (x_t.ndim < 3 or x_t.shape[1] != channels):
+            raise InvalidInput(
+                f"{type(self.network).__name__} takes [batch, {channels}, *space], got x_t of shape {tuple(x_t.shape)}"
+            )
         with torch.inference_mode(False), torch.set_grad_enabled(graph), watch(self.network, self.site) as seen:
             index = self.levels.index(_plain(t), len(x_t), x_t.device)
             leaf = _plain(x_t).detach().requires_grad_(graph)
