@@ -34,6 +34,7 @@ def fit_energy(
     ema: float | int = 0.999,
     clip: float | int = 10.0,
     validation: float | int = 0.1,
+    patience: int = 0,
     max_seconds: float | int | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
@@ -46,8 +47,8 @@ def fit_energy(
     differentiable scalar. Adam with decoupled `weight_decay`, a cosine learning rate from `learning_rate` to 0, gradient
     norms clipped at `clip`, an exponential moving average of the weights with decay `ema` (less at the beginning, so that
     the start is forgotten). `validation`: share of rows held out; the average with the least held-out loss is returned; 0
-    holds out none and returns the last. `max_seconds` stops early. `checkpoint`: a folder, written every two seconds; the
-    same call goes on from it after a crash, to the identical result. Ctrl-C returns what exists.
+    holds out none and returns the last. `patience`: looks at that loss (25 in a fit) without a better one before
+    the fit ends; 0 is never. `max_seconds` stops early. `checkpoint`: a folder, written every two seconds; the same call goes on from it after a crash, to the identical result. Ctrl-C returns what exists.
 
     Raises `InvalidInput` before any work for NaN rows, a ReLU-like network, a wrong output shape, a missing `corruption`
     and settings out of range; `NoisewiseError` when the loss stays non-finite; `RunFolderError` for the folder of another run.
@@ -64,6 +65,7 @@ def fit_energy(
         ema=check_share("ema", ema, 1),
         clip=check_positive("clip", clip),
         validation=check_share("validation", validation, 1),
+        patience=check_count("patience", patience, 0),
         seed=check_count("seed", seed, 0),
     )
     limit = math.inf if max_seconds is None else check_positive("max_seconds", max_seconds)
