@@ -48,7 +48,8 @@ def fit_energy(
     norms clipped at `clip`, an exponential moving average of the weights with decay `ema` (less at the beginning, so that
     the start is forgotten). `validation`: share of rows held out; the average with the least held-out loss is returned; 0
     holds out none and returns the last. `patience`: looks at that loss (25 in a fit) without a better one before
-    the fit ends; 0 is never. `max_seconds` stops early. `checkpoint`: a folder, written every two seconds; the same call goes on from it after a crash, to the identical result. Ctrl-C returns what exists.
+    the fit ends; 0 is never. `max_seconds` stops early. `checkpoint`: a folder, written every two seconds; the same call goes
+    on from it after a crash, to the identical result. Ctrl-C returns what exists.
 
     Raises `InvalidInput` before any work for NaN rows, a ReLU-like network, a wrong output shape, a missing `corruption`
     and settings out of range; `NoisewiseError` when the loss stays non-finite; `RunFolderError` for the folder of another run.
