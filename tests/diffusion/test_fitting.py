@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from noisewise.diffusion import CovarianceHead, NoiseLevels, fit_covariance, fitting
+from noisewise.diffusion import CovarianceHead, NoiseLevels, fit_covariance
 from noisewise.diffusion.model import DiffusionModel
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, ocm_target
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
@@ -65,17 +65,16 @@ def test_every_objective_learns_the_diagonal_of_a_gaussian(objective):
         head,
         data(),
         objective,
-        steps=6000 if objective in ("npr", "residual_nll") else 1500,
+        steps=1500 if objective == "ocm" else 6000,
         batch_size=256,
         learning_rate=3e-3,
     )
     for t in (20, 100, 300, 600):
         truth = net.relative(t).diagonal()
         found = relative(head, net, t)
-        # squared residuals scatter by sqrt(2) r, which is 1.4 at the cleanest levels, and one squared error serves all levels:
-        # there NPR is known to some hundredths, whatever r is elsewhere
-        rtol, atol = {"ocm": (0.08, 2e-3), "npr": (0.08, 0.03)}.get(objective, (0.15, 2e-3))
-        assert torch.allclose(found, truth, rtol=rtol, atol=atol), (t, found, truth)
+        # one squared error serves all levels, and residuals scatter by sqrt(2) r: where r is small NPR knows thousandths at best
+        atol = 5e-3 if objective == "npr" else 2e-3
+        assert torch.allclose(found, truth, rtol=0.08, atol=atol), (t, found, truth)
 
 
 def test_tables_are_the_closed_forms_of_a_gaussian():
@@ -308,10 +307,6 @@ def test_bad_input_is_named(shapes_unchecked):
         fit(nn.Linear(2, 2), head, data(64))
     with pytest.raises(InvalidInput, match="cancels"):
         fit(gaussian().half(), head, data(64))
-
-
-def test_it_is_exported_lazily():
-    assert fitting.fit_covariance is fit_covariance
 
 
 SCRIPT = """
