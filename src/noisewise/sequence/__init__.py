@@ -1,0 +1,13 @@
+"""Long convolutions for long signals: MRConv, exact and cheap in training, one kernel in use, and a stream."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["listops"],
+    submod_attrs={
+        "convolution": ["long_conv"],
+        "layer": ["MRConv"],
+        "merged": ["LongConv"],
+    },
+)

@@ -1,0 +1,292 @@
+"""MRConv: a long depthwise convolution out of sub-kernels of growing length, each normalised by itself (NeurIPS 2024)."""
+
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
+from noisewise.sequence.convolution import spectrum_of
+from noisewise.sequence.kernels import SubKernels
+from noisewise.sequence.merged import LongConv, start_stream
+from noisewise.sequence.moments import Moments, Signal, branch_moments, constant_response
+from noisewise.sequence.signals import check_signal, valid_steps
+from noisewise.sequence.streaming import Blocks, Sliding, StreamState, Taps, Way
+from noisewise.typing import check_count, check_positive
+
+__all__ = ["NORMS", "STATS", "MRConv"]
+
+NORMS = ("batch", "kernel")
+STATS = ("exact", "full", "branches")
+# a branch whose variance is so near to eps is scaled by eps, not by its own deviation
+_DEAD = 10.0
+
+
+class MRConv(nn.Module):
+    """y = sum_i alpha_i BN_i(u * k_i) + D u for each channel; input and output are (batch, d_model, length).
+
+    The sub-kernels k_i have l_0 = `kernel_size`, 2 l_0, 4 l_0, ... lags, up to `length`, and as many parameters each; `kind`,
+    `modes`, `taps` and `seed` are those of `SubKernels`. Training costs about one convolution, whatever their number: the
+    statistics of batch normalisation are computed without the branches (`stats="exact"`, equal to `"branches"`, which runs
+    every one of them; `"full"` is a cheaper normaliser of its own). `merge` makes one kernel and a bias of it.
+
+    `bidirectional` (or `causal=False`, the same): a second set of sub-kernels looks ahead, with branches and statistics of its
+    own; lag 0 is in both. `norm`: "batch", or "kernel", which divides each k_i by its norm: in training, statistics of the
+    batch let every step see the future and the other rows, those of the kernel do not, so models that predict their next
+    input need it. `skip`: D u, as in state-space layers.
+
+    Raises `InvalidInput` for arguments that do not fit. Half precision is computed in float32.
+    Source: Cunningham, Giannone, Zhang & Deisenroth, NeurIPS 2024 (arXiv 2408.09453); exact statistics are ours.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, d_model: int, length: int, kind: str = "fourier", kernel_size: int = 32, *, causal: bool | None = None,
+        bidirectional: bool | None = None, norm: str = "batch", stats: str = "exact", modes: int | None = None,
+        taps: int | None = None, skip: bool = True, eps: float | int = 1e-5, momentum: float | int = 0.1, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value, known in (("norm", norm, NORMS), ("stats", stats, STATS)):
+            if value not in known:
+                raise InvalidInput(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if causal is not None and causal is bidirectional:
+            raise InvalidInput(f"causal={causal} and bidirectional={bidirectional} contradict each other: give one")
+        self.bidirectional = bool(bidirectional) or causal is False
+        self.d_model, self.length = check_count("d_model", d_model), check_count("length", length)
+        self.norm, self.stats = norm, stats
+        self.eps, self.momentum = check_positive("eps", eps), check_positive("momentum", momentum)
+        directions = 2 if self.bidirectional else 1
+        self.kernels = SubKernels(d_model, length, kind, kernel_size, directions, modes, taps, seed)
+        branches = (len(self.kernels.resolutions), directions, d_model)
+        self.alpha = nn.Parameter(torch.full(branches, (branches[0] * directions) ** -0.5))
+        if norm == "batch":
+            self.weight, self.bias = nn.Parameter(torch.ones(branches)), nn.Parameter(torch.zeros(branches))
+            self.register_buffer("running_mean", torch.zeros(branches))
+            self.register_buffer("running_var", torch.ones(branches))
+            self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.skip = nn.Parameter(torch.randn(d_model, generator=generator)) if skip else None
+
+    @property
+    def kind(self) -> str:
+        """Of the sub-kernels."""
+        return self.kernels.kind
+
+    def forward(
+        self, u: Float[Tensor, "batch channel length"], state: StreamState | None = None,
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> Any:  # fmt: skip
+        """y, of the shape of `u`; (y, state) where a `state` is given, which then holds the inputs before `u`.
+
+        `lengths`: valid steps of each row; what lies behind is neither read nor counted nor, in y, anything but 0.
+        Raises `InvalidInput` for other shapes and dtypes, for more steps than `length`, and in training for a single value.
+        """
+        if state is not None:
+            self._check_frozen("stream")
+            return state.take(u), state
+        check_signal(u, self.d_model, self.length)
+        mask = valid_steps(u, lengths)
+        # FFTs of half precision would lose the tails of the kernels, and only know powers of two
+        with torch.autocast(u.device.type, enabled=False):
+            wide = u.to(torch.promote_types(u.dtype, torch.float32))
+            signal = Signal.of(wide, mask)
+            if self.stats == "branches":
+                y = self._by_branches(signal)
+            else:
+                kernels = [k.to(wide)[..., : u.shape[-1]] for k in self.kernels()]
+                y = self._convolve(signal, *self._merged(kernels, self._moments(signal, kernels)))
+        return (y if mask is None else torch.where(mask, y, 0.0)).to(u)
+
+    def merge(self) -> LongConv:
+        """One kernel and a bias that give what this layer gives in eval mode; computed in float64.
+
+        Raises `NoisewiseError` for a layer whose running statistics have seen no batch. Warns of branches without variance.
+        """
+        if self.norm == "batch":
+            if not int(self.num_batches_tracked):
+                raise NoisewiseError(
+                    "the layer has seen no batch in train mode, so its running statistics mean nothing: train it first"
+                )
+            dead = int((self.running_var < _DEAD * self.eps).sum())
+            if dead:
+                warnings.warn(
+                    f"{dead} of {self.running_var.numel()} branches hardly vary (variance below {_DEAD:g} eps): what they "
+                    "carry is scaled by eps, not by their own deviation; check for constant channels",
+                    NoisewiseWarning,
+                    stacklevel=2,
+                )
+        with torch.no_grad():
+            kernel, bias = self._merged([k.double() for k in self.kernels()], self._running())
+        return LongConv(kernel.to(self.alpha), bias.to(self.alpha))
+
+    def init_state(self, batch: int) -> StreamState:
+        """A stream of `batch` rows before its first input, with the weights of now.
+
+        Raises `NoisewiseError` in train mode, `InvalidInput` for a bidirectional layer.
+        """
+        self._check_frozen("stream")
+        with torch.no_grad():
+            kernel, bias = self._merged([k.double() for k in self.kernels()], self._running())
+        dtype = torch.promote_types(self.alpha.dtype, torch.float32)
+        return start_stream(kernel.to(dtype), bias.to(dtype), self._ways, batch)
+
+    def step(
+        self, u_t: Float[Tensor, "batch channel"], state: StreamState
+    ) -> tuple[Float[Tensor, "batch channel"], StreamState]:
+        """The output of one more input of each row. `state` is changed in place and returned."""
+        self._check_frozen("stream")
+        return state.step(u_t), state
+
+    def prefill(
+        self, u: Float[Tensor, "batch channel length"]
+    ) -> tuple[Float[Tensor, "batch channel length"], StreamState]:
+        """All outputs of `u` at once, of any length, and the state to go on from."""
+        state = self.init_state(len(u))
+        return state.take(u), state
+
+    def extra_repr(self) -> str:
+        """What it was built with."""
+        words = [f"{self.d_model}, length={self.length}, kind={self.kind!r}", f"norm={self.norm!r}, stats={self.stats!r}"]
+        return ", ".join([*words, *(["bidirectional=True"] if self.bidirectional else [])])
+
+    # ---- statistics
+
+    @property
+    def _by_batch(self) -> bool:
+        return self.norm == "batch" and self.training
+
+    def _moments(self, signal: Signal, kernels: list[Tensor]) -> Moments | None:
+        """Those of the batch in training, the running ones otherwise, None where kernels are normalised."""
+        if not self._by_batch:
+            return self._running()
+        moments = branch_moments(signal, kernels, exact=self.stats == "exact")
+        self._track(moments, signal.count)
+        return moments
+
+    def _running(self) -> Moments | None:
+        return None if self.norm == "kernel" else Moments(self.running_mean, self.running_var)
+
+    @torch.no_grad()
+    def _track(self, moments: Moments, count: int | Tensor) -> None:
+        n = float(count)
+        if n < 2:
+            raise InvalidInput("statistics of a batch need more than a single value for each channel: give more steps or rows")
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(moments.mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_((moments.variance * (n / (n - 1))).to(self.running_var), self.momentum)
+
+    # ---- the one convolution
+
+    def _scales(self, kernels: list[Tensor], moments: Moments | None) -> tuple[Tensor, Tensor]:
+        """Factor of each sub-kernel, and the sum of what each branch adds to all outputs; float64."""
+        alpha = self.alpha.double()
+        if moments is None:
+            norms = torch.stack([torch.linalg.vector_norm(k.double(), dim=-1) for k in kernels])
+            return alpha / (norms + self.eps), alpha.new_zeros(self.d_model)
+        scale = alpha * self.weight.double() / (moments.variance.double() + self.eps).sqrt()
+        return scale, (alpha * self.bias.double() - scale * moments.mean.double()).sum((0, 1))
+
+    def _merged(self, kernels: list[Tensor], moments: Moments | None) -> tuple[Tensor, Tensor]:
+        """The kernel [direction, channel, lag], of the dtype of `kernels`, and the bias in float64."""
+        scales, bias = self._scales(kernels, moments)
+        length = max(k.shape[-1] for k in kernels)
+        scaled = (s.to(k).unsqueeze(-1) * k for s, k in zip(scales, kernels, strict=True))
+        kernel = sum((functional.pad(k, (0, length - k.shape[-1])) for k in scaled), kernels[-1].new_zeros(()))
+        if self.skip is not None:
+            now = functional.pad(self.skip.to(kernel).unsqueeze(-1), (0, length - 1))
+            kernel = torch.cat([kernel[:1] + now, kernel[1:]])
+        return kernel, bias
+
+    def _convolve(self, signal: Signal, kernel: Tensor, bias: Tensor) -> Tensor:
+        """The convolution of the centred signal, and that of its offset with the bias, which may cancel each other."""
+        length = signal.u.shape[-1]
+        backward = kernel[1] if self.bidirectional else None
+        spectrum = spectrum_of(kernel[0], backward, length, signal.n)
+        y = torch.fft.irfft(signal.spectrum * spectrum, signal.n)[..., :length]
+        constant = sum(
+            (constant_response(signal, own, direction == 0) for direction, own in enumerate(kernel)), bias.unsqueeze(-1)
+        )
+        return y + constant.to(y)
+
+    # ---- the same by its branches
+
+    def _by_branches(self, signal: Signal) -> Tensor:
+        """The definition: every branch is convolved, kept and normalised."""
+        kernels = [k.to(signal.u)[..., : signal.u.shape[-1]] for k in self.kernels()]
+        branches = torch.stack([self._branch(signal, k) for k in kernels])
+        if self.norm == "kernel":
+            scales, _ = self._scales(kernels, None)
+            y = (scales.to(branches).unsqueeze(2).unsqueeze(-1) * branches).sum((0, 1))
+        else:
+            y = self._normalised(signal, branches)
+        return y if self.skip is None else y + self.skip.to(y).unsqueeze(-1) * signal.u
+
+    def _branch(self, signal: Signal, kernel: Tensor) -> Float[Tensor, "direction batch channel length"]:
+        spectrum = torch.fft.rfft(kernel, signal.n)
+        both = []
+        for direction, own in enumerate(spectrum):
+            made = torch.fft.irfft(signal.spectrum * (own if direction == 0 else own.conj()), signal.n)
+            made = made[..., : signal.u.shape[-1]]
+            both.append(made + constant_response(signal, kernel[direction], direction == 0).to(made))
+        return torch.stack(both)
+
+    def _normalised(self, signal: Signal, branches: Float[Tensor, "branch direction batch channel length"]) -> Tensor:
+        if self._by_batch:
+            valid = signal.valid().to(branches)
+            mean = (branches * valid).sum((2, -1)) / signal.count
+            deviation = (branches - mean.unsqueeze(2).unsqueeze(-1)) * valid
+            moments = Moments(mean, deviation.square().sum((2, -1)) / signal.count)
+            self._track(moments, signal.count)
+        else:
+            moments = Moments(self.running_mean.to(branches), self.running_var.to(branches))
+        scale = self.weight / (moments.variance + self.eps).sqrt()
+        shape = (*scale.shape[:2], 1, scale.shape[2], 1)
+        normed = scale.reshape(shape) * (branches - moments.mean.reshape(shape)) + self.bias.reshape(shape)
+        return (self.alpha.reshape(shape) * normed).sum((0, 1))
+
+    # ---- streaming
+
+    def _check_frozen(self, what: str) -> None:
+        if self.training:
+            raise NoisewiseError(f"a layer in train mode cannot {what}: its statistics change with every batch; call .eval()")
+
+    def _ways(self) -> tuple[Way, ...]:
+        """Frequencies slide, few lags are met by their taps, dense kernels in blocks."""
+        kernels = self.kernels
+        scales = self._scales([k.double() for k in kernels()], self._running())[0][:, 0].double()
+        if kernels.kind == "dense":
+            return (Blocks.of(self._merged([k.double() for k in kernels()], self._running())[0][0].to(self.alpha)),)
+        ways: list[Way] = []
+        if "fourier" in kernels.parts:
+            coefficients = [
+                scale.unsqueeze(-1) * kernels.coefficients(r)[0] for scale, r in zip(scales, kernels.resolutions, strict=True)
+            ]
+            periods, supports = zip(*((r.period, r.support) for r in kernels.resolutions), strict=True)
+            ways.append(Sliding(torch.stack(coefficients).to(torch.complex128), periods, supports))
+        taps = self._taps(scales)
+        return (*ways, taps) if taps.lags.shape[-1] else tuple(ways)
+
+    def _taps(self, scales: Float[Tensor, "branch channel"]) -> Taps:
+        """The lags of dilated and sparse parts, and lag 0 of the skip."""
+        device = self.alpha.device
+        lags, weights = [], []
+        for scale, r in zip(scales, self.kernels.resolutions, strict=True):
+            if "dilated" in self.kernels.parts:
+                lags.append(self.kernels.lags_of_dilated(r).to(device).expand(self.d_model, -1))
+                weights.append(scale.unsqueeze(-1) * self.kernels.dilated_at(r)[0])
+            if "sparse" in self.kernels.parts:
+                lags.append(self.kernels.lags(r)[0])
+                weights.append(scale.unsqueeze(-1) * self.kernels.sparse_at(r)[0])
+        if self.skip is not None:
+            lags.append(torch.zeros(self.d_model, 1, dtype=torch.long, device=device))
+            weights.append(self.skip.double().unsqueeze(-1))
+        if not lags:
+            return Taps(torch.zeros(self.d_model, 0, dtype=torch.long), self.alpha.new_zeros(self.d_model, 0))
+        dtype = torch.promote_types(self.alpha.dtype, torch.float32)
+        return Taps(torch.cat(lags, -1), torch.cat(weights, -1).to(dtype))
