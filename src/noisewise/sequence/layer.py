@@ -227,11 +227,9 @@ class MRConv(nn.Module):
 
     def _convolve(self, signal: Signal, kernel: Tensor, bias: Tensor) -> Tensor:
         """The convolution of the centred signal, and that of its offset with the bias, which may cancel each other."""
-        y = convolved(signal.centred, signal.spectrum, kernel, signal.n)
-        constant = sum(
-            (constant_response(signal, own, direction == 0) for direction, own in enumerate(kernel)), bias.unsqueeze(-1)
-        )
-        return y + constant.to(y)
+        responses = [constant_response(signal, own, direction == 0) for direction, own in enumerate(kernel)]
+        constant = (sum(responses[1:], responses[0]) + bias.unsqueeze(-1)).to(signal.centred)
+        return convolved(signal.centred, signal.spectrum, kernel, signal.n, constant)
 
     # ---- the same by its branches
 

@@ -146,7 +146,7 @@ class _BranchMoments(torch.autograd.Function):
         u, sums, correlation, *rest = ctx.saved_tensors
         means, kernels, kept = rest[:n], rest[n : 2 * n], iter(rest[2 * n :])
         count = float(signal.count)
-        turned = _turned(signal, len(kernels[0]))
+        turned, whole = _turned(signal, len(kernels[0])), _whole_spectrum(signal)
         # derivatives by what all branches share, gathered over them
         by_sums, by_correlation = torch.zeros_like(sums), torch.zeros_like(correlation)
         by_turned = torch.zeros_like(turned)
@@ -157,7 +157,7 @@ class _BranchMoments(torch.autograd.Function):
             by_mean, by_variance = by_mean.double().unsqueeze(-1), by_variance.double().unsqueeze(-1)
             if ctx.exact and _is_long(kernel, u):
                 # the deviations sum to 0, so the mean inside them has no derivative
-                made, share = _through_branch(signal, kernel, next(kept), 2 * by_variance / count)
+                made, share = _through_branch(whole, kernel, next(kept), 2 * by_variance / count, signal.n)
                 by_spectrum = made if by_spectrum is None else by_spectrum + made
             else:
                 by_energy = by_variance / count
@@ -172,7 +172,7 @@ class _BranchMoments(torch.autograd.Function):
         to_u = None
         if ctx.needs_input_grad[2]:
             by_turned += by_sums.cumsum(-1).flip(-1).unsqueeze(1).to(by_turned)
-            to_u = _to_input(signal, by_turned, by_correlation, by_spectrum)
+            to_u = _to_input(signal, whole, by_turned, by_correlation, by_spectrum)
         return None, None, to_u, *to_kernels
 
 
@@ -269,28 +269,32 @@ def _deviation(signal: Signal, kernel: Tensor, mean: Tensor) -> Float[Tensor, "d
     return torch.stack(made) if len(made) > 1 else made[0].unsqueeze(0)
 
 
-def _through_branch(signal: Signal, kernel: Tensor, deviation: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _through_branch(
+    whole: Tensor, kernel: Tensor, deviation: Tensor, factor: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
     """Derivatives of the branch's energy by the spectrum of u and by the kernel. `factor`: by the deviations."""
-    whole, spectra = _whole_spectrum(signal), torch.fft.rfft(kernel, signal.n)
+    spectra = torch.fft.rfft(kernel, n)
     by_spectrum: Tensor | None = None
     to_kernel = []
     for direction, own in enumerate(spectra):
-        g = torch.fft.rfft(deviation[direction] * factor[direction].to(deviation), signal.n)
+        g = torch.fft.rfft(deviation[direction] * factor[direction].to(deviation), n)
         made = g * (own.conj() if direction == 0 else own)
         by_spectrum = made if by_spectrum is None else by_spectrum + made
         crossed = (g * whole.conj()).sum(0)
-        to_kernel.append(torch.fft.irfft(crossed if direction == 0 else crossed.conj(), signal.n))
+        to_kernel.append(torch.fft.irfft(crossed if direction == 0 else crossed.conj(), n))
     assert by_spectrum is not None
     return by_spectrum, torch.stack(to_kernel)[..., : kernel.shape[-1]].double()
 
 
-def _to_input(signal: Signal, by_turned: Tensor, by_correlation: Tensor, by_spectrum: Tensor | None) -> Tensor:
+def _to_input(
+    signal: Signal, whole: Tensor, by_turned: Tensor, by_correlation: Tensor, by_spectrum: Tensor | None
+) -> Tensor:
     """The derivative by u, of the shape of u."""
     length = signal.u.shape[-1]
     # R[d] = sum_t u[t] u[t + d] lets each input meet both its neighbours at d
     lags = by_correlation.clone()
     lags[..., 0] *= 2
-    found = torch.fft.rfft(_ring(lags, signal.n), signal.n).real.to(signal.centred) * _whole_spectrum(signal)
+    found = torch.fft.rfft(_ring(lags, signal.n), signal.n).real.to(signal.centred) * whole
     if by_spectrum is not None:
         found = found + by_spectrum
     to_u = torch.fft.irfft(found, signal.n)[..., :length]
@@ -302,15 +306,15 @@ def _to_input(signal: Signal, by_turned: Tensor, by_correlation: Tensor, by_spec
 def constant_response(
     signal: Signal, kernel: Float[Tensor, "channel lag"], forward: bool
 ) -> Float[Tensor, "rows channel length"]:
-    """What a convolution makes of the offset; one row where all rows are whole. Float64, rounded at the end."""
+    """What a convolution makes of the offset, float64; one row where all rows are whole."""
     length = signal.centred.shape[-1]
-    sums = functional.pad(kernel.double(), (0, length - kernel.shape[-1])).cumsum(-1)
-    response = signal.offset.double().unsqueeze(-1) * sums
+    response = signal.offset.double().unsqueeze(-1) * kernel.cumsum(-1, dtype=torch.float64)
+    if response.shape[-1] < length:
+        response = torch.cat([response, response[:, -1:].expand(-1, length - response.shape[-1])], -1)
     if forward:
-        return response.to(signal.centred).unsqueeze(0)
+        return response.unsqueeze(0)
     if signal.lengths is None:
-        return response.flip(-1).to(signal.centred).unsqueeze(0)
+        return response.flip(-1).unsqueeze(0)
     # seen from step t of a row, so many constant inputs lie ahead
     ahead = (signal.lengths.unsqueeze(-1) - 1 - torch.arange(length, device=kernel.device)).clamp(min=0)
-    taken = response.unsqueeze(0).expand(len(ahead), -1, -1).gather(-1, ahead.unsqueeze(1).expand(-1, len(response), -1))
-    return taken.to(signal.centred)
+    return response.unsqueeze(0).expand(len(ahead), -1, -1).gather(-1, ahead.unsqueeze(1).expand(-1, len(response), -1))
