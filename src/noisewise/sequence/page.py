@@ -9,6 +9,7 @@ from torch import nn
 from noisewise.errors import require
 from noisewise.metrics.measurement import Measurement
 from noisewise.report import Report
+from noisewise.sequence.pictures import kernel_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,7 @@ def write_page(model: nn.Module, facts: dict[str, Any], typed: str, path: Path) 
             [[name, *row] for name, row in zip(facts["classes"], facts["confusion"], strict=True)],
             "Rows of each class (down) by the class that was answered (across).",
         )
+    kernel_report(model, report)
     return report.save(path)
 
 

@@ -61,7 +61,7 @@ def scores_of_classes(table: Int[np.ndarray, "klass klass"], seed: int = 0) -> d
     return {
         "accuracy": Measurement(right, _binomial(right, n), n=n, better="higher"),
         "macro F1": Measurement(
-            float(_macro_f1(table, occurs)), float(_macro_f1(drawn, occurs).std(ddof=1)), n=n, better="higher"
+            float(_macro_f1(table[None], occurs)[0]), float(_macro_f1(drawn, occurs).std(ddof=1)), n=n, better="higher"
         ),
         "majority class": Measurement(most, _binomial(most, n), n=n, better="higher"),
     }
