@@ -24,6 +24,8 @@ from noisewise.sequence.scores import answers_of, confusion, scores_of_classes, 
 
 FEW = ("--width", 4, "--layers", 1, "--kernel-size", 8, "--batch-size", 16, "--epochs", 2)
 
+SAME = ("--epochs", 20, "--lr", 5e-2, "--kernel-lr", 5e-2, "--group", "speaker", "--test-group", "cy")
+
 
 def run(*arguments):
     return sequence_app([str(argument) for argument in arguments], standalone_mode=False)
@@ -54,7 +56,7 @@ def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted")
     path = folder / "sines.npz"
     np.savez(path, **sines())
-    fit(path, folder / "fit", "--epochs", 10, "--group", "speaker", "--test-group", "cy")
+    fit(path, folder / "fit", *SAME)
     return path, folder / "fit"
 
 
@@ -76,8 +78,8 @@ def test_a_fit_leaves_a_folder_that_agrees_with_itself(fitted, capsys):
     path, out = fitted
     facts, command = (json.loads((out / name).read_text()) for name in ("summary.json", "command.json"))
     assert (facts["rows"], facts["held_out_rows"], facts["test_rows"], facts["length"]) == (40, 4, 20, 48)
-    assert (facts["steps"], facts["steps_asked"], facts["interrupted"], facts["cut"]) == (30, 30, False, False)
-    assert (command["command"], command["data"], command["epochs"]) == ("fit", str(path), 10)
+    assert (facts["steps"], facts["steps_asked"], facts["interrupted"], facts["cut"]) == (60, 60, False, False)
+    assert (command["command"], command["data"], command["epochs"]) == ("fit", str(path), 20)
     model = SequenceModel.from_pretrained(out / "model")
     assert sum(weight.numel() for weight in model.parameters()) == facts["parameters"]
     report = (out / "report.html").read_text()
@@ -97,7 +99,7 @@ def test_a_fit_leaves_a_folder_that_agrees_with_itself(fitted, capsys):
     # sines of four times the frequency are no riddle
     assert facts["test"]["accuracy"]["value"] > 0.8 > facts["test"]["majority class"]["value"]
     # the same command reads what is finished, and says the same
-    fit(path, out, "--epochs", 10, "--group", "speaker", "--test-group", "cy", "--json")
+    fit(path, out, *SAME, "--json")
     assert json.loads(capsys.readouterr().out) == facts
 
 
@@ -179,16 +181,15 @@ def test_seconds_end_a_fit_that_the_same_command_goes_on_with(data, tmp_path, ca
 
 def test_a_folder_of_another_command_or_other_data_is_refused(fitted, data, tmp_path):
     path, out = fitted
-    same = ("--epochs", 10, "--group", "speaker", "--test-group", "cy")
     with pytest.raises(RunFolderError, match="holds a fit with width 4, but 8 was asked for"):
-        fit(path, out, *same, "--width", 8)
+        fit(path, out, *SAME, "--width", 8)
     with pytest.raises(RunFolderError, match="holds a fit with data "):
-        fit(data, out, *same)
+        fit(data, out, *SAME)
     before = path.read_bytes()
     np.savez(path, **sines(seed=1))
     try:
         with pytest.raises(RunFolderError, match="holds a fit with data_sha256"):
-            fit(path, out, *same)
+            fit(path, out, *SAME)
     finally:
         path.write_bytes(before)
     (tmp_path / "full").mkdir()
@@ -267,7 +268,8 @@ def test_symbols_are_fitted_and_others_are_refused(tmp_path, capsys):
     assert "60 expressions of" in capsys.readouterr().out
     fit(tmp_path / "ops.npz", tmp_path / "fit", "--kind", "sparse", "--bidirectional", "--epochs", 1)
     form = Preparation.load(tmp_path / "fit" / "model")
-    assert (form.vocabulary, form.length) == (len(listops.VOCABULARY), 29)
+    longest = int(np.load(tmp_path / "ops.npz", allow_pickle=False)["lengths"].max())
+    assert (form.vocabulary, form.length) == (len(listops.VOCABULARY), longest)
     assert "--kind sparse" in (tmp_path / "fit" / "report.html").read_text()
     np.savez(tmp_path / "more.npz", X=np.full((3, 9), 16), y=np.arange(3))
     with pytest.raises(InvalidInput, match="has the symbol 16, the model knows those below 16"):
@@ -350,22 +352,20 @@ def test_scores_are_those_of_scikit_learn():
 
 
 def test_standard_errors_are_the_spread_over_data_sets():
-    # 200 data sets of 300 rows: the spread is known to 5 %, the bootstrap's to 4 %, so 0.25 is 4 standard errors
+    # 100 data sets: the spread is known to 7 %, that of the bootstrap to less, so 0.3 is 4 standard errors
     rng = np.random.default_rng(0)
     kept = {name: [] for name in ("macro F1", "RMSE", "R2")}
-    for _ in range(200):
-        y = torch.from_numpy(rng.integers(3, size=300))
-        output = torch.from_numpy(rng.normal(size=(300, 3))) + 1.5 * torch.nn.functional.one_hot(y, 3)
+    for _ in range(100):
+        y = torch.from_numpy(rng.integers(3, size=200))
+        output = torch.from_numpy(rng.normal(size=(200, 3))) + 1.5 * torch.nn.functional.one_hot(y, 3)
         found = scores_of_classes(confusion(output, y))
-        truth = torch.from_numpy(rng.normal(size=300))
-        found |= (
-            scores_of_values(truth + torch.from_numpy(rng.normal(size=300)) / 2, truth) if len(kept["R2"]) < 200 else {}
-        )
+        truth = torch.from_numpy(rng.normal(size=200))
+        found |= scores_of_values(truth + torch.from_numpy(rng.normal(size=200)) / 2, truth)
         for name, values in kept.items():
             values.append((found[name].value, found[name].se))
     for values in kept.values():
         spread, said = np.std([value for value, _ in values]), np.mean([se for _, se in values])
-        assert said == pytest.approx(spread, rel=0.25)
+        assert said == pytest.approx(spread, rel=0.3)
 
 
 def test_answers_come_in_the_order_of_the_rows(shapes_unchecked):

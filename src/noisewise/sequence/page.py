@@ -71,7 +71,9 @@ def learning_curve(history: Sequence[dict[str, Any]], best_step: int) -> "Figure
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.legend(frameon=False, fontsize=9)
+    # none where a fit ended before its first look
+    if history:
+        axes.legend(frameon=False, fontsize=9)
     return figure
 
 
