@@ -26,6 +26,9 @@ _DIRECT = 4096
 class _Direct(nn.Module):
     """A merged convolution as torch's own, which every runtime knows; O(length lags)."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, conv: LongConv) -> None:
         super().__init__()
         directions, self.channels, self.lags = conv.kernel.shape
@@ -43,6 +46,9 @@ class _Direct(nn.Module):
 
 class _Spectral(nn.Module):
     """A merged convolution by FFTs of a power of two, the only length that runtimes compute as exactly as torch."""
+
+    spectrum: Tensor
+    bias: Tensor
 
     def __init__(self, conv: LongConv) -> None:
         super().__init__()

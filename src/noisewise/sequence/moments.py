@@ -120,7 +120,8 @@ class _BranchMoments(torch.autograd.Function):
         turned = _turned(signal, len(kernels[0]))
         sums, correlation = _partial_sums(turned), _autocorrelation(signal)
         count = float(signal.count)
-        means, variances, kept = [], [], []
+        means, variances = [], []
+        kept: list[Tensor | None] = []
         for kernel in kernels:
             wide = kernel.double()
             mean = (wide * sums[..., : kernel.shape[-1]]).sum(-1) / count
