@@ -1,0 +1,1 @@
+"""MRConv beside its peers."""
