@@ -29,7 +29,7 @@ _TESTS = 16
 _DATA = {"scarce": (2, 0.5), "plenty": (12, 0.3)}
 _STEPS = {"quick": 40, "cpu": 200, "paper": 2000}
 _RECALIBRATION = 60
-_SLOW, _MIDDLE, _FAST = (0.003, 0.01, 0.03), (0.01, 0.03, 0.1), (0.03, 0.1, 0.3)
+_MIDDLE, _FAST = (0.01, 0.03, 0.1), (0.03, 0.1, 0.3)
 
 
 class Task(NamedTuple):
@@ -132,7 +132,7 @@ _SYSTEMS: dict[str, tuple[Callable[[int], nn.Module], tuple[float, ...]]] = {
     "MRConv dilated": (_mrconv("dilated"), _FAST),
     "MRConv sparse": (_mrconv("sparse"), _FAST),
     "MRConv fourier+sparse": (_mrconv("fourier+sparse"), _FAST),
-    "free kernel": (_peer(lambda: FreeKernel(_CHANNELS, _LENGTH)), _SLOW),
+    "free kernel": (_peer(lambda: FreeKernel(_CHANNELS, _LENGTH)), _MIDDLE),
     "S4D": (_peer(lambda: S4D(_CHANNELS, _LENGTH, _STATE)), _MIDDLE),
     "SGConv": (_peer(lambda: SGConv(_CHANNELS, _LENGTH, _KERNEL_SIZE)), _FAST),
 }
