@@ -6,8 +6,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["listops"],
     submod_attrs={
+        "block": ["MRConvBlock", "merge_layers", "parameter_groups"],
         "convolution": ["long_conv"],
+        "images": ["ImageMRConv", "swap_layers"],
         "layer": ["MRConv"],
         "merged": ["LongConv"],
+        "model": ["SequenceModel"],
     },
 )
