@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisewise.errors import InvalidInput, NoisewiseError
+from noisewise.errors import InvalidInput, NoisewiseError, require
 from noisewise.progress import Reporter, gentle_interrupt
 from noisewise.runs import RunFolder
 from noisewise.typing import Cost
 
-__all__ = ["Fit", "FitResult", "Loss", "Plan", "check_share", "fingerprint", "run_fit"]
+__all__ = [
+    "Fit",
+    "FitResult",
+    "Loss",
+    "Plan",
+    "accelerator_for",
+    "check_share",
+    "evaluating",
+    "fingerprint",
+    "run_fit",
+]
 
 Loss = Callable[[Any, Any, torch.Generator], Tensor]
 
@@ -74,6 +85,11 @@ class Fit:
     differentiable scalar. `counted`: the module whose rows are the bill, by default `net`. `accelerator`: accelerate's, for
     many processes and mixed precision. `measure`: the loss of held-out rows, by default `loss` itself.
     `settled`: the step from which looks count for `patience`.
+
+    `groups`: of parameters with rates and decays of their own, as optimisers take them. `warm_up`: share of the steps in which
+    the rates rise to theirs, before the cosine. `recalibrate`: called on `net` with averaged weights in it, before they are
+    measured and returned, to make its buffers fit them. `split`: rows that are held out and rows to train on, by index; by
+    default they are drawn. `look_rows`: how many held-out rows are evaluated at once.
     """
 
     net: nn.Module
@@ -84,6 +100,11 @@ class Fit:
     accelerator: Any = None
     measure: Loss | None = None
     settled: int = 0
+    groups: list[dict[str, Any]] | None = None
+    warm_up: float = 0.0
+    recalibrate: Callable[[nn.Module], None] | None = None
+    split: tuple[Tensor, Tensor] | None = None
+    look_rows: int = _LOOK_ROWS
     step: int = 0
     history: list[dict[str, float | None]] = field(default_factory=list)
     best_step: int = 0
@@ -99,7 +120,12 @@ class Fit:
         if not self.weights:
             raise InvalidInput(f"{type(self.net).__name__} has no parameters to train")
         self.device = device = self.weights[0].device
-        self.optimizer = torch.optim.AdamW(self.weights, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        kept = self.net.state_dict()
+        self.buffers = {name: buffer for name, buffer in self.net.named_buffers() if name in kept}
+        self.optimizer = torch.optim.AdamW(
+            self.groups or self.weights, lr=plan.learning_rate, weight_decay=plan.weight_decay
+        )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = [p.detach().clone() for p in self.weights]
         self.best = [p.clone() for p in self.average]
         self.sum = torch.zeros(2, dtype=torch.float64, device=device)
@@ -110,7 +136,7 @@ class Fit:
             raise InvalidInput(
                 f"validation={plan.validation:g} of {len(self.rows)} rows leaves fewer than 2 to train on"
             )
-        self.held_out, self.training = order[:held], order[held:]
+        self.held_out, self.training = (order[:held], order[held:]) if self.split is None else self.split
         self.module: Any = self.net
         if self.accelerator is not None:
             self.module, self.optimizer = self.accelerator.prepare(self.net, self.optimizer)
@@ -154,6 +180,8 @@ class Fit:
                 # what mixed precision put around the network's forward goes with the fit
                 self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
         self._set(self.best)
+        if self.recalibrate is not None:
+            self.recalibrate(self.net)
         self.net.zero_grad(set_to_none=True)
         if folder is not None and self.is_main:
             folder.checkpoint(tensors, values | {"result": fingerprint(list(self.net.state_dict().values()))})
@@ -163,7 +191,7 @@ class Fit:
     def _advance(self) -> None:
         """One step of Adam on one batch, the average, and a look at the held-out rows when it is time."""
         plan = self.plan
-        rate = plan.learning_rate * (1 + math.cos(math.pi * self.step / plan.steps)) / 2
+        rate = self._rate(plan.learning_rate)
         size = min(plan.batch_size, len(self.training))
         picked = torch.randint(len(self.training), (size,), device=self.device, generator=self.generator)
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,8 +202,8 @@ class Fit:
         norm = nn.utils.clip_grad_norm_(self.weights, plan.clip)
         # a loss that is not finite has such a gradient too; of several processes each sees the same one
         if math.isfinite(float(norm)) and (self._processes > 1 or math.isfinite(float(value.detach()))):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = self._rate(own)
             self.optimizer.step()
             self.failures = 0
             self.sum += torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.float64)])
@@ -195,6 +223,13 @@ class Fit:
         if self.step % self.interval == 0 or self.step == plan.steps:
             self._look(rate)
 
+    def _rate(self, highest: float) -> float:
+        """Of this step: a straight line up to `highest`, then a cosine down to 0."""
+        rising = round(self.warm_up * self.plan.steps)
+        if self.step < rising:
+            return highest * (self.step + 1) / rising
+        return highest * (1 + math.cos(math.pi * (self.step - rising) / (self.plan.steps - rising))) / 2
+
     def _look(self, rate: float | None = None) -> None:
         """Held-out loss of the average; the best average is kept."""
         held: float | None = None
@@ -202,8 +237,11 @@ class Fit:
             # the same random numbers at every look, so that looks can be compared
             fixed = torch.Generator(device=self.device).manual_seed(self.plan.seed + 1_000_003)
             own = [weight.detach().clone() for weight in self.weights]
+            kept = {name: buffer.clone() for name, buffer in self.buffers.items()}
             self._set(self.average)
-            parts = self.held_out[:_HELD_OUT_ROWS].split(_LOOK_ROWS)
+            if self.recalibrate is not None:
+                self.recalibrate(self.net)
+            parts = self.held_out[:_HELD_OUT_ROWS].split(self.look_rows)
             total = sum(
                 len(part) * float((self.measure or self.loss)(self.net, self._batch(part), fixed).detach())
                 for part in parts
@@ -214,6 +252,7 @@ class Fit:
                 mean = self.accelerator.reduce(torch.tensor(held, dtype=torch.float64, device=self.device), "mean")
                 held = float(mean)
             self._set(own)
+            self._set_buffers(kept)
         if held is None or (math.isfinite(held) and held < self.best_loss) or not self.best_step:
             self.best_loss = math.inf if held is None or not math.isfinite(held) else held
             self.best, self.best_step = [mean.clone() for mean in self.average], self.step
@@ -261,6 +300,11 @@ class Fit:
         for weight, value in zip(self.weights, values, strict=True):
             weight.copy_(value)
 
+    @torch.no_grad()
+    def _set_buffers(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.buffers[name].copy_(value)
+
     def _count(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.cost = replace(self.cost, gradients=self.cost.gradients + len(inputs[0]))
 
@@ -277,6 +321,7 @@ class Fit:
                 f"best.{name}": self.best[index],
             }
             tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(weight, {}).items()}
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
         names = ("step", "history", "best_step", "failures", "waited")
         progress = {name: getattr(self, name) for name in names} | {"cost": vars(self.cost)}
         progress["history"] = list(self.history)
@@ -293,6 +338,9 @@ class Fit:
         self.generator.set_state(tensors["generator"])
         self.sum = tensors["sum"].to(device)
         self._set([tensors[f"weight.{name}"] for name in self.names])
+        # a folder of an earlier version holds none
+        found = {name: tensors.get(f"buffer.{name}") for name in self.buffers}
+        self._set_buffers({name: value for name, value in found.items() if value is not None})
         self.average = [tensors[f"average.{name}"].to(device) for name in self.names]
         self.best = [tensors[f"best.{name}"].to(device) for name in self.names]
         for weight, name in zip(self.weights, self.names, strict=True):
@@ -326,6 +374,29 @@ def run_fit(
         folder.begin(kind, config)
         folder.event("begin", rows=len(fit.rows))
     return fit.run(folder, limit, show and fit.is_main)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in eval mode; afterwards each of its parts is in the mode in which it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def accelerator_for(mixed_precision: str | None, device: torch.device, extra: str) -> Any:
+    """accelerate's, or None where one process in float32 is all that is asked for; `extra` is what installs it."""
+    if mixed_precision not in (None, "no", "bf16"):
+        raise InvalidInput(f"mixed_precision must be 'no' or 'bf16', got {mixed_precision!r}")
+    accelerate = require("accelerate", extra)
+    state = accelerate.PartialState(cpu=device.type == "cpu")
+    if state.num_processes == 1 and mixed_precision in (None, "no"):
+        return None
+    return accelerate.Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
 
 def check_share(name: str, value: object, below: float | int) -> float:

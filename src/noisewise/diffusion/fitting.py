@@ -15,8 +15,8 @@ from noisewise.diffusion.head import OBJECTIVES, CovarianceHead, weights_of
 from noisewise.diffusion.model import DiffusionModel, Prediction, as_diffusion_model
 from noisewise.diffusion.rows import Rows, Trajectories, as_rows
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, npr_target, ocm_target, sn_target
-from noisewise.errors import InvalidInput, require
-from noisewise.training import Fit, FitResult, Loss, Plan, check_share, fingerprint, run_fit
+from noisewise.errors import InvalidInput
+from noisewise.training import Fit, FitResult, Loss, Plan, accelerator_for, check_share, fingerprint, run_fit
 from noisewise.typing import Cost, check_count, check_positive
 
 __all__ = ["fit_covariance", "frozen"]
@@ -116,7 +116,7 @@ def fit_covariance(
         if objective == "analytic":
             head.eval()
             return FitResult(head, [], 0, 0, prepared)
-        accelerator = accelerator or _accelerator(mixed_precision, head.device)
+        accelerator = accelerator or accelerator_for(mixed_precision, head.device, "diffusion")
         loss: Loss = _HeadLoss(known, head, objective, probes, control)
         measure: Loss | None = None
         settled = 0
@@ -296,17 +296,6 @@ def _check_precision(network: nn.Module) -> None:
             f"the model is {first.dtype}, in which r = 1 - s d eps / d x cancels: fit on model.float(); the head then serves "
             "the half-precision model"
         )
-
-
-def _accelerator(mixed_precision: str | None, device: torch.device) -> Any:
-    """None where one process in float32 is all that is asked for."""
-    if mixed_precision not in (None, "no", "bf16"):
-        raise InvalidInput(f"mixed_precision must be 'no' or 'bf16', got {mixed_precision!r}")
-    accelerate = require("accelerate", "diffusion")
-    state = accelerate.PartialState(cpu=device.type == "cpu")
-    if state.num_processes == 1 and mixed_precision in (None, "no"):
-        return None
-    return accelerate.Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
 
 
 def _config(

@@ -17,7 +17,16 @@ from noisewise.sequence.signals import valid_steps
 from noisewise.training import check_share
 from noisewise.typing import check_count
 
-__all__ = ["BLOCK_NORMS", "LayerOf", "MRConvBlock", "make_norm", "merge_layers", "parameter_groups", "replace_layers"]
+__all__ = [
+    "BLOCK_NORMS",
+    "LayerOf",
+    "MRConvBlock",
+    "make_norm",
+    "merge_layers",
+    "parameter_groups",
+    "replace_layers",
+    "takes_lengths",
+]
 
 BLOCK_NORMS = ("layer", "batch")
 LayerOf = Callable[[int, int], nn.Module]
@@ -66,7 +75,7 @@ class MRConvBlock(nn.Module):
             return self._after(x, y, None), state
         mask = valid_steps(x, lengths)
         u = self._before(x, mask)
-        y = self.layer(u, lengths=lengths) if mask is not None and _takes_lengths(self.layer) else self.layer(u)
+        y = self.layer(u, lengths=lengths) if mask is not None and takes_lengths(self.layer) else self.layer(u)
         if y.shape != x.shape:
             raise InvalidInput(
                 f"{type(self.layer).__name__} made shape {tuple(y.shape)} of {tuple(x.shape)}: a layer keeps the shape"
@@ -177,5 +186,7 @@ def parameter_groups(
     return [{"params": parameters, **dict(settings)} for settings, parameters in groups.items()]
 
 
-def _takes_lengths(layer: nn.Module) -> bool:
-    return "lengths" in inspect.signature(layer.forward).parameters
+def takes_lengths(layer: nn.Module) -> bool:
+    """Whether its forward has an argument of that name, or takes any."""
+    parameters = inspect.signature(layer.forward).parameters
+    return "lengths" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from noisewise.errors import InvalidInput
 from noisewise.sequence.layer import MRConv
+from noisewise.training import evaluating
 from noisewise.typing import check_count
 
 __all__ = ["ImageMRConv", "swap_layers"]
@@ -107,17 +108,13 @@ def _measured(module: nn.Module, found: dict[str, nn.Module], example: Any) -> d
     def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         seen[id(layer)].add((inputs[0].shape[2:], output.shape[2:]))
 
-    modes = [(part, part.training) for part in module.modules()]
     hooks = [layer.register_forward_hook(note) for layer in {id(layer): layer for layer in found.values()}.values()]
     try:
-        module.eval()
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             module(example) if isinstance(example, Tensor) else module(**example)
     finally:
         for hook in hooks:
             hook.remove()
-        for part, mode in modes:
-            part.training = mode
     known = {}
     for name, layer in found.items():
         pairs = seen[id(layer)]
