@@ -4,19 +4,20 @@ S4D, SGConv and MultiresNet are written anew from their papers, as plainly as th
 """
 
 import math
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from noisewise.sequence.convolution import long_conv
 
-__all__ = ["GRU", "S4D", "DilatedStack", "FreeKernel", "MultiresNet", "SGConv", "Transformer"]
+__all__ = ["GRU", "S4D", "BothWays", "DilatedStack", "FreeKernel", "MultiresNet", "SGConv", "Transformer"]
 
 
 class _Convolution(nn.Module):
-    """u * kernel(length) + skip u. Parameters named in `of_kernel` are those that get the kernel's learning rate."""
+    """u * kernel(length) + skip u. `of_kernel`: names of the parameters that get the kernel's learning rate and no decay."""
 
     of_kernel: tuple[str, ...] = ()
 
@@ -32,10 +33,6 @@ class _Convolution(nn.Module):
     def forward(self, u: Float[Tensor, "batch channel length"]) -> Float[Tensor, "batch channel length"]:
         """Causal."""
         return long_conv(u, self.kernel(u.shape[-1])) + self.skip.unsqueeze(-1) * u
-
-    def kernel_parameters(self) -> list[nn.Parameter]:
-        """Those that are trained with the kernel's learning rate and without weight decay."""
-        return [p for name, p in self.named_parameters() if name.startswith(self.of_kernel)]
 
     @torch.no_grad()
     def at_rate(self, rate: float) -> "FrozenKernel":
@@ -98,7 +95,7 @@ class S4D(_Convolution):
     def at_rate(self, rate: float) -> FrozenKernel:
         """Samples lie dt / `rate` apart: the same system, sampled anew."""
         kept = self.log_dt.clone()
-        self.log_dt -= math.log(rate)
+        self.log_dt.sub_(math.log(rate))
         made = FrozenKernel(self.kernel(max(1, round(rate * self.length))), self.skip)
         self.log_dt.copy_(kept)
         return made
@@ -179,10 +176,6 @@ class MultiresNet(nn.Module):
             y = y + self.weights[:, level + 1 : level + 2] * detail
         return y + self.weights[:, -1:] * rest
 
-    def kernel_parameters(self) -> list[nn.Parameter]:
-        """None: its authors train all alike."""
-        return []
-
 
 class DilatedStack(nn.Module):
     """Depthwise causal convolutions of `taps` at dilations 1, 2, 4, ... until they see `length`, with GELU and residuals."""
@@ -199,10 +192,6 @@ class DilatedStack(nn.Module):
             u = u + functional.gelu(_causal(u, taps, 2**level) + bias.unsqueeze(-1))
         return u
 
-    def kernel_parameters(self) -> list[nn.Parameter]:
-        """None."""
-        return []
-
 
 class GRU(nn.Module):
     """One recurrent layer of torch."""
@@ -214,10 +203,6 @@ class GRU(nn.Module):
     def forward(self, u: Float[Tensor, "batch channel length"]) -> Float[Tensor, "batch channel length"]:
         """Causal."""
         return self.gru(u.mT)[0].mT
-
-    def kernel_parameters(self) -> list[nn.Parameter]:
-        """None."""
-        return []
 
 
 class Transformer(nn.Module):
@@ -234,13 +219,36 @@ class Transformer(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
-    def forward(self, u: Float[Tensor, "batch channel length"]) -> Float[Tensor, "batch channel length"]:
-        """Looks both ways."""
-        return self.encoder(u.mT + self.positions[: u.shape[-1]]).mT
+    def forward(
+        self, u: Float[Tensor, "batch channel length"], lengths: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch channel length"]:
+        """Looks both ways, but not behind the end of a row."""
+        behind = None if lengths is None else torch.arange(u.shape[-1], device=u.device) >= lengths.unsqueeze(-1)
+        return self.encoder(u.mT + self.positions[: u.shape[-1]], src_key_padding_mask=behind).mT
 
-    def kernel_parameters(self) -> list[nn.Parameter]:
-        """None."""
-        return []
+
+class BothWays(nn.Module):
+    """The sum of two layers, one of which reads the signal from its end."""
+
+    def __init__(self, ahead: nn.Module, back: nn.Module) -> None:
+        super().__init__()
+        self.ahead, self.back = ahead, back
+
+    @classmethod
+    def of(cls, layer: Callable[[int, int], nn.Module]) -> Callable[[int, int], nn.Module]:
+        """What makes two of what `layer` makes."""
+        return lambda d_model, length: cls(layer(d_model, length), layer(d_model, length))
+
+    def forward(
+        self, u: Float[Tensor, "batch channel length"], lengths: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch channel length"]:
+        """`u` is 0 behind the end of a row, so reading it from behind begins with zeros."""
+        return self.ahead(u) + self.back(u.flip(-1)).flip(-1)
+
+    @torch.no_grad()
+    def at_rate(self, rate: float) -> "BothWays":
+        """Both of them."""
+        return BothWays(self.ahead.at_rate(rate), self.back.at_rate(rate))  # type: ignore[operator]
 
 
 def _causal(u: Tensor, filters: Float[Tensor, "channel 1 tap"], dilation: int) -> Tensor:
