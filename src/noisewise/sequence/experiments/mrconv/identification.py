@@ -148,7 +148,7 @@ _ABLATIONS: dict[str, tuple[Callable[[int], nn.Module], tuple[float, ...]]] = {
 
 
 def _problem(target: str, data: str, scale: str, first: bool) -> Problem:
-    named = _SYSTEMS if target != "smooth" else _SYSTEMS | _ABLATIONS
+    named = _SYSTEMS | _ABLATIONS if target == "smooth" and scale != "quick" else _SYSTEMS
     systems = tuple(
         System(name, functools.partial(_identify, make, target, data), tuple({"learning_rate": r} for r in rates))
         for name, (make, rates) in named.items()
@@ -166,7 +166,7 @@ def _problem(target: str, data: str, scale: str, first: bool) -> Problem:
 
 
 def _identify(
-    make: Callable[[int], nn.Module], target: str, data: str, budget: float, seed: int, learning_rate: float
+    make: Callable[[int], nn.Module], target: str, data: str, budget: float | int, seed: int, learning_rate: float
 ) -> Identified:
     """Full-batch AdamW for `budget` steps, cosine to 0."""
     task, layer, steps = _task(target, data, seed), make(seed), int(budget)

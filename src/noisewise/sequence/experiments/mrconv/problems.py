@@ -59,7 +59,7 @@ def problems(scale: str, device: str) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def _accuracy(protocol: str, name: str, epochs: float, systems: tuple[System, ...], note: str) -> Problem:
+def _accuracy(protocol: str, name: str, epochs: float | int, systems: tuple[System, ...], note: str) -> Problem:
     return Problem(protocol, name, epochs, systems, columns, "accuracy, %", notes=(f"{name}: {note}",), better="higher")
 
 

@@ -44,7 +44,8 @@ __all__ = [
 _BATCH, _EVALUATED = 32, 100
 # rates of everything else and of kernels; the same three for all layers with a kernel
 _KERNEL_RATES = tuple({"lr": lr, "kernel_lr": own} for lr, own in ((1e-2, 1e-2), (3e-2, 3e-2), (1e-2, 1e-3)))
-_RATES = tuple({"lr": lr} for lr in (1e-2, 3e-3, 1e-3))
+_RATES = tuple({"lr": lr} for lr in (1e-2, 3e-2, 3e-3))
+_TRANSFORMER_RATES = tuple({"lr": lr} for lr in (3e-3, 1e-2, 1e-3))
 
 
 class Split(NamedTuple):
@@ -112,7 +113,8 @@ _LAYERS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     # the two layers of the encoder come one behind the other, then a block's gate
     "transformer": lambda s: {"layer": functools.partial(Transformer, layers=s.n_layers), "n_layers": 1},
 }
-_WITHOUT_KERNEL = ("dilated CNN", "GRU", "transformer")
+# of those without a kernel
+_SETTINGS = {"dilated CNN": _RATES, "GRU": _RATES, "transformer": _TRANSFORMER_RATES}
 
 
 def network(name: str, shape: Shape, seed: int) -> SequenceModel:
@@ -137,18 +139,18 @@ def models(
     """
 
     def system(name: str) -> System:
-        def draw(budget: float, seed: int, lr: float, kernel_lr: float | None = None) -> Trained:
+        def draw(budget: float | int, seed: int, lr: float, kernel_lr: float | None = None) -> Trained:
             rows, model = split(seed), network(name, shape, seed).to(device)
             cost = _fitted(model, rows, budget, seed, lr, lr if kernel_lr is None else kernel_lr, options)
             return _tested(name, model, rows, cost, rate)
 
-        return System(name, draw, settings or (_RATES if name in _WITHOUT_KERNEL else _KERNEL_RATES))
+        return System(name, draw, settings or _SETTINGS.get(name, _KERNEL_RATES))
 
     return tuple(system(name) for name in names)
 
 
 def _fitted(
-    model: SequenceModel, rows: Split, epochs: float, seed: int, lr: float, kernel_lr: float, options: dict[str, Any]
+    model: SequenceModel, rows: Split, epochs: float | int, seed: int, lr: float, kernel_lr: float, options: dict[str, Any]
 ) -> Cost:
     for part in model.modules():
         for parameter in getattr(part, "of_kernel", ()):
@@ -177,7 +179,7 @@ def _tested(name: str, model: SequenceModel, rows: Split, cost: Cost, rate: floa
 def majority(split: Callable[[int], Split]) -> System:
     """The most frequent class of the training rows, whatever the input."""
 
-    def draw(budget: float, seed: int) -> Trained:
+    def draw(budget: float | int, seed: int) -> Trained:
         rows = split(seed)
         return Trained(rows.test_y == rows.y.mode().values, Cost())
 
