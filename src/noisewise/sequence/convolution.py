@@ -1,14 +1,16 @@
 """Long depthwise convolutions by FFT: the causal one, the one that looks both ways, and the lengths that FFTs like."""
 
 import functools
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from noisewise.errors import InvalidInput
 
-__all__ = ["fast_length", "long_conv", "spectrum_of"]
+__all__ = ["convolved", "fast_length", "kernel_gradient", "long_conv", "spectrum_of"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,22 +36,66 @@ def long_conv(
     """y[t] = sum_j kernel[j] u[t - j], and + sum_j backward[j] u[t + j] where that is given; zeros lie around `u`.
 
     Lag 0 belongs to both kernels. Lags of `length` and more meet nothing and are left out. Half precision is computed in
-    float32; the result has the dtype of `u`. Time O(length log length) for each channel of each row. Raises `InvalidInput`
-    for kernels of other channels.
+    float32; the result has the dtype of `u`. Time O(length log length) for each channel of each row. Differentiable once.
+    Raises `InvalidInput` for kernels of other channels.
     """
     if kernel.shape[0] != u.shape[1]:
-        raise InvalidInput(f"the kernel has {kernel.shape[0]} channels, the input {u.shape[1]}: give (batch, channel, length)")
-    length = u.shape[-1]
+        raise InvalidInput(
+            f"the kernel has {kernel.shape[0]} channels, the input {u.shape[1]}: give (batch, channel, length)"
+        )
     wide = u.to(torch.promote_types(u.dtype, torch.float32))
-    n = fast_length(2 * length - 1)
-    spectrum = spectrum_of(kernel.to(wide), None if backward is None else backward.to(wide), length, n)
-    return torch.fft.irfft(torch.fft.rfft(wide, n) * spectrum, n)[..., :length].to(u)
+    kernels = kernel.unsqueeze(0) if backward is None else _both(kernel, backward)
+    n = fast_length(2 * u.shape[-1] - 1)
+    return convolved(wide, torch.fft.rfft(wide.detach(), n), kernels.to(wide), n).to(u)
 
 
-def spectrum_of(
-    kernel: Float[Tensor, "*rows lag"], backward: Float[Tensor, "*rows lag"] | None, length: int, n: int
-) -> Tensor:
-    """The real FFT of size `n` of a kernel cropped to `length` lags; lags of `backward` are negative."""
-    spectrum = torch.fft.rfft(kernel[..., :length], n)
+def convolved(
+    u: Float[Tensor, "batch channel length"], spectrum: Tensor, kernels: Float[Tensor, "direction channel lag"], n: int
+) -> Float[Tensor, "batch channel length"]:
+    """`long_conv` by both directions of `kernels`, where the transform of `u` of size `n` is at hand already."""
+    if torch.is_grad_enabled() and (u.requires_grad or kernels.requires_grad):
+        return _Convolution.apply(u, spectrum, kernels, n)
+    return torch.fft.irfft(spectrum * spectrum_of(kernels, u.shape[-1], n), n)[..., : u.shape[-1]]
+
+
+def spectrum_of(kernels: Float[Tensor, "direction channel lag"], length: int, n: int) -> Tensor:
+    """The transform of size `n` of kernels cropped to `length` lags; those of the second direction are negative."""
+    past = torch.fft.rfft(kernels[0, :, :length], n)
     # the transform of a reversed sequence is the conjugate
-    return spectrum if backward is None else spectrum + torch.fft.rfft(backward[..., :length], n).conj()
+    return past if len(kernels) == 1 else past + torch.fft.rfft(kernels[1, :, :length], n).conj()
+
+
+def _both(kernel: Tensor, backward: Tensor) -> Tensor:
+    lags = max(kernel.shape[-1], backward.shape[-1])
+    return torch.stack([functional.pad(k, (0, lags - k.shape[-1])) for k in (kernel, backward)])
+
+
+class _Convolution(torch.autograd.Function):
+    """Torch would differentiate a real FFT by a complex one of twice the work; a correlation needs real ones alone."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, spectrum: Tensor, kernels: Tensor, n: int) -> Tensor:
+        length = u.shape[-1]
+        other = spectrum_of(kernels, length, n)
+        ctx.save_for_backward(spectrum, other)
+        ctx.sizes = length, kernels.shape[-1], len(kernels), n
+        return torch.fft.irfft(spectrum * other, n)[..., :length]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (spectrum, other), (length, lags, directions, n) = ctx.saved_tensors, ctx.sizes
+        g = torch.fft.rfft(gradient, n)
+        to_u = torch.fft.irfft(g * other.conj(), n)[..., :length] if ctx.needs_input_grad[0] else None
+        to_kernels = kernel_gradient(g, spectrum, directions, min(lags, length), n)
+        return to_u, None, functional.pad(to_kernels, (0, max(0, lags - length))), None
+
+
+def kernel_gradient(
+    g: Tensor, spectrum: Tensor, directions: int, lags: int, n: int
+) -> Float[Tensor, "direction channel lag"]:
+    """sum over rows and times of g[t] u[t - j], and of g[t] u[t + j], from the transforms of both; no lag may be cut off."""
+    crossed = torch.fft.irfft((g * spectrum.conj()).sum(0), n)
+    if directions == 1:
+        return crossed[..., :lags].unsqueeze(0)
+    return torch.stack([crossed[..., :lags], torch.cat([crossed[..., :1], crossed[..., n - lags + 1 :].flip(-1)], -1)])

@@ -81,7 +81,7 @@ class SubKernels(nn.Module):
         scale = 1.0 if part == "fourier" else count**-0.5
         self.register_parameter(f"{part}_{r.index}", nn.Parameter(scale * torch.randn(shape, generator=generator)))
 
-    def forward(self) -> list[Float[Tensor, "direction channel lag"]]:
+    def forward(self) -> list[Float[Tensor, "direction channel _"]]:
         """All sub-kernels, cropped to the length."""
         return [self.kernel(r) for r in self.resolutions]
 
@@ -92,6 +92,21 @@ class SubKernels(nn.Module):
             return made[0]
         return sum((self.mix[part, r.index] * one for part, one in enumerate(made)), torch.zeros_like(made[0]))
 
+    def at_rate(self, rate: float | int) -> list[Float[Tensor, "direction channel _"]]:
+        """Sub-kernels for a signal that is sampled `rate` times as often: k'(t) = k(t / rate) / rate.
+
+        Frequencies keep their period in time, those beyond half the new rate are dropped, and between the samples nothing is
+        guessed. Single taps keep their weight and move to lag `rate` times theirs, shared between the two nearest ones; dense
+        kernels are interpolated.
+        """
+        found = []
+        for r in self.resolutions:
+            lags = max(1, round(rate * r.support))
+            own = [getattr(self, f"_{part}_at_rate")(r, rate, lags) for part in self.parts]
+            mixed = [self.mix[part, r.index] * one for part, one in enumerate(own)] if len(own) > 1 else own
+            found.append(sum(mixed, torch.zeros_like(own[0])))
+        return found
+
     def lags_of_dilated(self, r: Resolution) -> Int[Tensor, " tap"]:
         """0, 2^i, 2 2^i, ..., as many as lie inside."""
         return torch.arange(0, r.support, r.period // self.resolutions[0].period)
@@ -101,15 +116,16 @@ class SubKernels(nn.Module):
         return getattr(self, f"lags_{r.index}")
 
     def coefficients(self, r: Resolution) -> Tensor:
-        """Complex a_n, [direction, channel, modes], with k_i[t] = Re sum_n a_n exp(2 pi j n t / period), and the mix in them."""
-        a = torch.view_as_complex(getattr(self, f"fourier_{r.index}").contiguous()) * self._unit(r)
-        weight = torch.full((self.modes, 1), 2.0, device=a.device)
-        # zero frequency and half the period stand once in a real series, and their imaginary parts count for nothing
-        weight[0] = 1.0
-        if 2 * (self.modes - 1) == r.period:
-            weight[-1] = 1.0
-        a = torch.where(weight.squeeze(-1) == 1.0, a.real.to(a), a) * weight.squeeze(-1)
+        """a_n of the fourier part, [direction, channel, mode]: k_i[t] = Re sum_n a_n exp(2 pi j n t / period), mix included."""
+        a = self._amplitudes(r)
         return a * self.mix[0, r.index] if len(self.parts) > 1 else a
+
+    def _amplitudes(self, r: Resolution) -> Tensor:
+        a = torch.view_as_complex(getattr(self, f"fourier_{r.index}").contiguous()) * self._unit(r)
+        # zero frequency and half the period stand once in a real series, and their imaginary parts count for nothing
+        once = torch.zeros(self.modes, dtype=torch.bool, device=a.device)
+        once[0], once[-1] = True, self.modes == 1 or 2 * (self.modes - 1) == r.period
+        return torch.where(once, a.real.to(a), 2 * a)
 
     def _unit(self, r: Resolution) -> float:
         # sub-kernels then start near unit energy, whatever their length
@@ -143,3 +159,31 @@ class SubKernels(nn.Module):
 
     def _dense(self, r: Resolution) -> Tensor:
         return getattr(self, f"dense_{r.index}")
+
+    def _fourier_at_rate(self, r: Resolution, rate: float | int, lags: int) -> Tensor:
+        a = self._amplitudes(r)[..., : int(rate * r.period / 2) + 1]
+        time = torch.arange(lags, dtype=torch.float64, device=a.device) / (rate * r.period)
+        angle = 2 * math.pi * torch.arange(a.shape[-1], dtype=torch.float64, device=a.device).unsqueeze(-1) * time
+        return (a.real.double() @ angle.cos() - a.imag.double() @ angle.sin()).to(a.real) / rate
+
+    def _dilated_at_rate(self, r: Resolution, rate: float | int, lags: int) -> Tensor:
+        weights = self.dilated_at(r)
+        return _moved(self.lags_of_dilated(r).to(weights.device).expand_as(weights), weights, rate, lags)
+
+    def _sparse_at_rate(self, r: Resolution, rate: float | int, lags: int) -> Tensor:
+        return _moved(self.lags(r), getattr(self, f"sparse_{r.index}"), rate, lags)
+
+    def _dense_at_rate(self, r: Resolution, rate: float | int, lags: int) -> Tensor:
+        weights = self._dense(r)
+        at = (torch.arange(lags, device=weights.device) / rate).clamp(max=r.support - 1)
+        low, share = at.long(), at - at.floor()
+        return torch.lerp(weights[..., low], weights[..., (low + 1).clamp(max=r.support - 1)], share.to(weights)) / rate
+
+
+def _moved(lags: Tensor, weights: Tensor, rate: float | int, count: int) -> Tensor:
+    """Taps at `rate` times their lags, each shared linearly between the two lags around it; none falls off the end."""
+    at = (lags * rate).clamp(max=count - 1)
+    low, share = at.long(), (at - at.floor()).to(weights)
+    made = weights.new_zeros(*weights.shape[:-1], count)
+    made = made.scatter_add(-1, low, weights * (1 - share))
+    return made.scatter_add(-1, (low + 1).clamp(max=count - 1), weights * share)

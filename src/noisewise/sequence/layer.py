@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
-from noisewise.sequence.convolution import spectrum_of
+from noisewise.sequence.convolution import convolved
 from noisewise.sequence.kernels import SubKernels
 from noisewise.sequence.merged import LongConv, start_stream
 from noisewise.sequence.moments import Moments, Signal, branch_moments, constant_response
@@ -108,21 +108,22 @@ class MRConv(nn.Module):
 
         Raises `NoisewiseError` for a layer whose running statistics have seen no batch. Warns of branches without variance.
         """
-        if self.norm == "batch":
-            if not int(self.num_batches_tracked):
-                raise NoisewiseError(
-                    "the layer has seen no batch in train mode, so its running statistics mean nothing: train it first"
-                )
-            dead = int((self.running_var < _DEAD * self.eps).sum())
-            if dead:
-                warnings.warn(
-                    f"{dead} of {self.running_var.numel()} branches hardly vary (variance below {_DEAD:g} eps): what they "
-                    "carry is scaled by eps, not by their own deviation; check for constant channels",
-                    NoisewiseWarning,
-                    stacklevel=2,
-                )
+        self._check_tracked()
         with torch.no_grad():
             kernel, bias = self._merged([k.double() for k in self.kernels()], self._running())
+        return LongConv(kernel.to(self.alpha), bias.to(self.alpha))
+
+    def at_rate(self, rate: float | int) -> LongConv:
+        """The merged layer for a signal that is sampled `rate` times as often (.5: every second sample), without training.
+
+        Its longest input is `rate` times as long. Fourier kernels are exact up to half the new rate, taps are rounded to the new
+        lags, see `SubKernels.at_rate`. The running statistics stay those of the old rate. Raises as `merge` does.
+        """
+        check_positive("rate", rate)
+        self._check_tracked()
+        with torch.no_grad():
+            scales, bias = self._scales([k.double() for k in self.kernels()], self._running())
+            kernel = self._summed(self.kernels.at_rate(rate), scales)
         return LongConv(kernel.to(self.alpha), bias.to(self.alpha))
 
     def init_state(self, batch: int) -> StreamState:
@@ -154,6 +155,22 @@ class MRConv(nn.Module):
         """What it was built with."""
         words = [f"{self.d_model}, length={self.length}, kind={self.kind!r}", f"norm={self.norm!r}, stats={self.stats!r}"]
         return ", ".join([*words, *(["bidirectional=True"] if self.bidirectional else [])])
+
+    def _check_tracked(self) -> None:
+        if self.norm != "batch":
+            return
+        if not int(self.num_batches_tracked):
+            raise NoisewiseError(
+                "the layer has seen no batch in train mode, so its running statistics mean nothing: train it first"
+            )
+        dead = int((self.running_var < _DEAD * self.eps).sum())
+        if dead:
+            warnings.warn(
+                f"{dead} of {self.running_var.numel()} branches hardly vary (variance below {_DEAD:g} eps): what they carry is "
+                "scaled by eps, not by their own deviation; check for constant channels",
+                NoisewiseWarning,
+                stacklevel=3,
+            )
 
     # ---- statistics
 
@@ -195,20 +212,22 @@ class MRConv(nn.Module):
     def _merged(self, kernels: list[Tensor], moments: Moments | None) -> tuple[Tensor, Tensor]:
         """The kernel [direction, channel, lag], of the dtype of `kernels`, and the bias in float64."""
         scales, bias = self._scales(kernels, moments)
-        length = max(k.shape[-1] for k in kernels)
-        scaled = (s.to(k).unsqueeze(-1) * k for s, k in zip(scales, kernels, strict=True))
-        kernel = sum((functional.pad(k, (0, length - k.shape[-1])) for k in scaled), kernels[-1].new_zeros(()))
+        return self._summed(kernels, scales), bias
+
+    def _summed(self, kernels: list[Tensor], scales: Tensor) -> Tensor:
+        """sum_i scale_i k_i, with the skip at lag 0."""
+        kernel = kernels[0].new_zeros(*kernels[0].shape[:-1], 0)
+        for scale, k in zip(scales, kernels, strict=True):
+            # lengths grow, so that all of it is written about twice
+            kernel = functional.pad(kernel, (0, k.shape[-1] - kernel.shape[-1])) + scale.to(k).unsqueeze(-1) * k
         if self.skip is not None:
-            now = functional.pad(self.skip.to(kernel).unsqueeze(-1), (0, length - 1))
+            now = functional.pad(self.skip.to(kernel).unsqueeze(-1), (0, kernel.shape[-1] - 1))
             kernel = torch.cat([kernel[:1] + now, kernel[1:]])
-        return kernel, bias
+        return kernel
 
     def _convolve(self, signal: Signal, kernel: Tensor, bias: Tensor) -> Tensor:
         """The convolution of the centred signal, and that of its offset with the bias, which may cancel each other."""
-        length = signal.u.shape[-1]
-        backward = kernel[1] if self.bidirectional else None
-        spectrum = spectrum_of(kernel[0], backward, length, signal.n)
-        y = torch.fft.irfft(signal.spectrum * spectrum, signal.n)[..., :length]
+        y = convolved(signal.centred, signal.spectrum, kernel, signal.n)
         constant = sum(
             (constant_response(signal, own, direction == 0) for direction, own in enumerate(kernel)), bias.unsqueeze(-1)
         )
@@ -219,7 +238,8 @@ class MRConv(nn.Module):
     def _by_branches(self, signal: Signal) -> Tensor:
         """The definition: every branch is convolved, kept and normalised."""
         kernels = [k.to(signal.u)[..., : signal.u.shape[-1]] for k in self.kernels()]
-        branches = torch.stack([self._branch(signal, k) for k in kernels])
+        spectrum = torch.fft.rfft(signal.centred, signal.n)
+        branches = torch.stack([self._branch(signal, spectrum, k) for k in kernels])
         if self.norm == "kernel":
             scales, _ = self._scales(kernels, None)
             y = (scales.to(branches).unsqueeze(2).unsqueeze(-1) * branches).sum((0, 1))
@@ -227,11 +247,12 @@ class MRConv(nn.Module):
             y = self._normalised(signal, branches)
         return y if self.skip is None else y + self.skip.to(y).unsqueeze(-1) * signal.u
 
-    def _branch(self, signal: Signal, kernel: Tensor) -> Float[Tensor, "direction batch channel length"]:
-        spectrum = torch.fft.rfft(kernel, signal.n)
+    def _branch(
+        self, signal: Signal, spectrum: Tensor, kernel: Tensor
+    ) -> Float[Tensor, "direction batch channel length"]:
         both = []
-        for direction, own in enumerate(spectrum):
-            made = torch.fft.irfft(signal.spectrum * (own if direction == 0 else own.conj()), signal.n)
+        for direction, own in enumerate(torch.fft.rfft(kernel, signal.n)):
+            made = torch.fft.irfft(spectrum * (own if direction == 0 else own.conj()), signal.n)
             made = made[..., : signal.u.shape[-1]]
             both.append(made + constant_response(signal, kernel[direction], direction == 0).to(made))
         return torch.stack(both)

@@ -8,7 +8,7 @@ to compute as it is, from the spectrum of u, which is there. Sums without a batc
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Signal:
-    """An input, the same centred for each channel, and the spectrum of that.
+    """An input, the same centred for each channel, and the spectrum of that, which carries no derivatives.
 
     `u` and `centred` are 0 where a row has ended; u = centred + offset at all valid steps. Offsets are numbers, not functions of u:
     whatever they are, the sum is u, and so are its derivatives. `mask` is None where all rows are whole.
@@ -59,7 +59,7 @@ class Signal:
             centred = torch.where(mask, u - offset.to(u).unsqueeze(-1), 0.0)
         n = fast_length(2 * length - 1)
         # the offset that was really taken off
-        return cls(u, centred, offset.to(u), torch.fft.rfft(centred, n), n, lengths, mask)
+        return cls(u, centred, offset.to(u), torch.fft.rfft(centred.detach(), n), n, lengths, mask)
 
     @property
     def count(self) -> int | Tensor:
@@ -84,50 +84,126 @@ class Signal:
         found = self.u.gather(-1, index.clamp(min=0).unsqueeze(1).expand_as(self.u))
         return torch.where((index >= 0).unsqueeze(1), found, 0.0)
 
+    def from_end(
+        self, x: Float[Tensor, "batch channel length"], forward: bool
+    ) -> Float[Tensor, "batch channel length"]:
+        """What `at_end` has moved, back at its place."""
+        if not forward:
+            return x.flip(-1)
+        if self.lengths is None:
+            return x
+        length = x.shape[-1]
+        index = torch.arange(length, device=x.device) + (length - self.lengths.unsqueeze(-1))
+        return x.gather(-1, index.clamp(max=length - 1).unsqueeze(1).expand_as(x))
+
 
 def branch_moments(
-    signal: Signal, kernels: list[Float[Tensor, "direction channel lag"]], exact: bool = True
+    signal: Signal, kernels: list[Float[Tensor, "direction channel _"]], exact: bool = True
 ) -> Moments:
     """Of c_i = u * k_i for all sub-kernels; the second direction looks ahead: c_i[t] = sum_j k_i[j] u[t + j].
 
     Not `exact`: the energy counts what rings on after the end, as if zeros followed and were counted in no mean; cheaper,
-    another normaliser, never smaller.
+    another normaliser, never smaller. Differentiable once.
     """
-    directions = kernels[0].shape[0]
-    # [direction, batch, channel, length]
-    both = [signal.at_end(direction == 0) for direction in range(directions)]
-    turned = torch.stack(both) if directions > 1 else both[0].unsqueeze(0)
-    sums = _partial_sums(turned)
-    correlation = _autocorrelation(signal)
-    means, variances = [], []
-    for kernel in kernels:
-        support = kernel.shape[-1]
-        wide = kernel.double()
-        mean = (wide * sums[..., :support]).sum(-1) / signal.count
-        if exact and 2 * support > turned.shape[-1]:
+    return Moments(*_BranchMoments.apply(signal, exact, signal.u, *kernels))
+
+
+class _BranchMoments(torch.autograd.Function):
+    """Its own derivative, so that every spectrum is made once and none is kept for longer than it is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, signal: Signal, exact: bool, u: Tensor, *kernels: Tensor) -> Any:
+        turned = _turned(signal, len(kernels[0]))
+        sums, correlation = _partial_sums(turned), _autocorrelation(signal)
+        count = float(signal.count)
+        means, variances, kept = [], [], []
+        for kernel in kernels:
+            wide = kernel.double()
+            mean = (wide * sums[..., : kernel.shape[-1]]).sum(-1) / count
+            if exact and _is_long(kernel, u):
+                deviation = _deviation(signal, kernel, mean)
+                variance = deviation.square().sum((1, -1), dtype=torch.float64) / count
+                kept.append(deviation)
+            else:
+                product = _toeplitz(wide, correlation)
+                energy = (wide * product).sum(-1)
+                tail = None
+                if exact and kernel.shape[-1] > 1:
+                    tail = _tail(turned, kernel)
+                    energy = energy - tail.square().sum((1, -1), dtype=torch.float64)
+                variance = (energy / count - mean.square()).clamp(min=0)
+                kept += [product, tail]
             means.append(mean)
-            variances.append(_direct(signal, kernel, mean))
-            continue
-        energy = _full_energy(wide, correlation)
-        if exact and support > 1:
-            energy = energy - _tail_energy(turned[..., -(support - 1) :], kernel)
-        means.append(mean)
-        variances.append((energy / signal.count - mean.square()).clamp(min=0))
-    return Moments(torch.stack(means), torch.stack(variances))
+            variances.append(variance)
+        ctx.save_for_backward(u, sums, correlation, *means, *kernels, *kept)
+        ctx.signal, ctx.exact, ctx.branches = signal, exact, len(kernels)
+        return torch.stack(means), torch.stack(variances)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> Any:
+        signal, n = ctx.signal, ctx.branches
+        u, sums, correlation, *rest = ctx.saved_tensors
+        means, kernels, kept = rest[:n], rest[n : 2 * n], iter(rest[2 * n :])
+        count = float(signal.count)
+        turned = _turned(signal, len(kernels[0]))
+        # derivatives by what all branches share, gathered over them
+        by_sums, by_correlation = torch.zeros_like(sums), torch.zeros_like(correlation)
+        by_turned = torch.zeros_like(turned)
+        by_spectrum: Tensor | None = None
+        to_kernels = []
+        for mean, kernel, by_mean, by_variance in zip(means, kernels, to_mean, to_variance, strict=True):
+            wide, lags = kernel.double(), kernel.shape[-1]
+            by_mean, by_variance = by_mean.double().unsqueeze(-1), by_variance.double().unsqueeze(-1)
+            if ctx.exact and _is_long(kernel, u):
+                # the deviations sum to 0, so the mean inside them has no derivative
+                made, share = _through_branch(signal, kernel, next(kept), 2 * by_variance / count)
+                by_spectrum = made if by_spectrum is None else by_spectrum + made
+            else:
+                by_energy = by_variance / count
+                by_mean = by_mean - 2 * mean.unsqueeze(-1) * by_variance
+                share = 2 * by_energy * next(kept)
+                by_correlation[..., :lags] += (by_energy * _own_correlation(wide)).sum(0)
+                tail = next(kept)
+                if tail is not None:
+                    share = share + _through_tail(turned, kernel, tail, -2 * by_energy, by_turned)
+            by_sums[..., :lags] += by_mean * wide / count
+            to_kernels.append((share + by_mean * sums[..., :lags] / count).to(kernel))
+        to_u = None
+        if ctx.needs_input_grad[2]:
+            by_turned += by_sums.cumsum(-1).flip(-1).unsqueeze(1).to(by_turned)
+            to_u = _to_input(signal, by_turned, by_correlation, by_spectrum)
+        return None, None, to_u, *to_kernels
+
+
+def _is_long(kernel: Tensor, u: Tensor) -> bool:
+    """Whether the branch itself is cheaper than its tail."""
+    return 2 * kernel.shape[-1] > u.shape[-1]
+
+
+def _turned(signal: Signal, directions: int) -> Float[Tensor, "direction batch channel length"]:
+    """The rows with their ends last; reversed ones for the second direction."""
+    if directions == 1:
+        return signal.at_end(True).unsqueeze(0)
+    return torch.stack([signal.at_end(True), signal.at_end(False)])
 
 
 def _partial_sums(turned: Float[Tensor, "direction batch channel length"]) -> Tensor:
     """For each lag the sum over rows of all inputs that are at least so many steps before the end; float64."""
-    summed = turned.sum(1, dtype=torch.float64)
-    return summed.cumsum(-1).flip(-1)
+    return turned.sum(1, dtype=torch.float64).cumsum(-1).flip(-1)
+
+
+def _whole_spectrum(signal: Signal) -> Tensor:
+    """The transform of u, each frequency as exact as it is large: that of the centred rows, and of the offset by itself."""
+    valid = torch.fft.rfft(signal.valid(), signal.n) * signal.offset.double().unsqueeze(-1)
+    return signal.spectrum + valid.to(signal.spectrum)
 
 
 def _autocorrelation(signal: Signal) -> Float[Tensor, "channel length"]:
     """sum over rows and times of u[t] u[t + lag], float64; constants join as they are, without cancelling anything."""
-    wide = torch.float64
     valid = torch.fft.rfft(signal.valid(), signal.n)
-    power = torch.view_as_real(signal.spectrum).square().sum((0, -1)).to(wide)
-    offset = signal.offset.to(wide).unsqueeze(-1)
+    power = torch.view_as_real(signal.spectrum).square().sum((0, -1)).double()
+    offset = signal.offset.double().unsqueeze(-1)
     if signal.mask is None:
         both = signal.spectrum.sum(0).to(valid) * valid[0].conj()
         alone = len(signal.centred) * valid.abs().square()[0]
@@ -138,37 +214,89 @@ def _autocorrelation(signal: Signal) -> Float[Tensor, "channel length"]:
     return torch.fft.irfft(total.to(valid), signal.n)[..., : signal.centred.shape[-1]]
 
 
-def _full_energy(kernel: Float[Tensor, "direction channel lag"], correlation: Tensor) -> Tensor:
-    """sum_d A[d] R[d] over all lags, A the autocorrelation of the kernel: k against its Toeplitz product with R."""
+def _ring(lags: Tensor, n: int) -> Float[Tensor, "channel n"]:
+    """A symmetric sequence around place 0 of a ring of `n`, from its lags 0, 1, ..."""
+    return torch.cat([lags, lags.new_zeros(*lags.shape[:-1], n - 2 * lags.shape[-1] + 1), lags[..., 1:].flip(-1)], -1)
+
+
+def _toeplitz(kernel: Float[Tensor, "direction channel lag"], correlation: Tensor) -> Tensor:
+    """sum_j R[|j - m|] k[m]: k against it is the energy of u * k over all times, sum_d A[d] R[d]."""
     support = kernel.shape[-1]
     n = fast_length(2 * support - 1)
-    lags = correlation[..., :support]
-    ring = torch.cat([lags, lags.new_zeros(*lags.shape[:-1], n - 2 * support + 1), lags[..., 1:].flip(-1)], -1)
-    product = torch.fft.irfft(torch.fft.rfft(kernel, n) * torch.fft.rfft(ring, n), n)[..., :support]
-    return (kernel * product).sum(-1)
+    spectrum = torch.fft.rfft(_ring(correlation[..., :support], n), n).real
+    return torch.fft.irfft(torch.fft.rfft(kernel, n) * spectrum, n)[..., :support]
 
 
-def _tail_energy(window: Float[Tensor, "direction batch channel last"], kernel: Tensor) -> Tensor:
-    """Energy of what the last inputs, one fewer than the kernel has lags, leave behind the end; float64."""
-    last = window.shape[-1]
+def _own_correlation(kernel: Float[Tensor, "direction channel lag"]) -> Tensor:
+    """The derivative of that energy by R: A[0], 2 A[1], 2 A[2], ..."""
+    support = kernel.shape[-1]
+    n = fast_length(2 * support - 1)
+    power = torch.view_as_real(torch.fft.rfft(kernel, n)).square().sum(-1)
+    found = 2 * torch.fft.irfft(power.to(torch.complex128), n)[..., :support]
+    found[..., 0] /= 2
+    return found
+
+
+def _tail(turned: Tensor, kernel: Tensor) -> Float[Tensor, "direction batch channel last"]:
+    """What the last inputs, one fewer than the kernel has lags, leave behind the end."""
+    last = kernel.shape[-1] - 1
     # the ring is as long as the window and its tail together, so nothing meets what went round
     n = fast_length(2 * last)
-    spectrum = torch.fft.rfft(window, n) * torch.fft.rfft(kernel, n).unsqueeze(1)
-    return torch.fft.irfft(spectrum, n)[..., last : 2 * last].square().sum((1, -1), dtype=torch.float64)
+    spectrum = torch.fft.rfft(turned[..., -last:], n) * torch.fft.rfft(kernel, n).unsqueeze(1)
+    return torch.fft.irfft(spectrum, n)[..., last : 2 * last].contiguous()
 
 
-def _direct(signal: Signal, kernel: Tensor, mean: Tensor) -> Tensor:
-    """The variance from the branch itself."""
-    spectrum = torch.fft.rfft(kernel, signal.n)
+def _through_tail(turned: Tensor, kernel: Tensor, tail: Tensor, factor: Tensor, by_turned: Tensor) -> Tensor:
+    """Derivatives of the tail's energy: added to that by the turned rows, returned by the kernel. `factor`: by its square."""
+    last = tail.shape[-1]
+    n = fast_length(2 * last)
+    # at the places that the tail has in its ring
+    g = torch.fft.rfft(functional.pad(tail * factor.to(tail).unsqueeze(1), (last, 0)), n)
+    by_turned[..., -last:] += torch.fft.irfft(g * torch.fft.rfft(kernel, n).conj().unsqueeze(1), n)[..., :last]
+    window = torch.fft.rfft(turned[..., -last:], n)
+    return torch.fft.irfft((g * window.conj()).sum(1), n)[..., : kernel.shape[-1]].double()
+
+
+def _deviation(signal: Signal, kernel: Tensor, mean: Tensor) -> Float[Tensor, "direction batch channel length"]:
+    """The branch itself less its mean; 0 where a row has ended."""
+    spectra = torch.fft.rfft(kernel, signal.n)
     made = []
-    for direction, own in enumerate(spectrum):
+    for direction, own in enumerate(spectra):
         branch = torch.fft.irfft(signal.spectrum * (own if direction == 0 else own.conj()), signal.n)
-        branch = branch[..., : signal.centred.shape[-1]] + constant_response(signal, kernel[direction], direction == 0)
-        deviation = branch - mean[direction].to(branch).unsqueeze(-1)
-        if signal.mask is not None:
-            deviation = torch.where(signal.mask, deviation, 0.0)
-        made.append(deviation.square().sum((0, 2), dtype=torch.float64) / signal.count)
-    return torch.stack(made)
+        constant = constant_response(signal, kernel[direction], direction == 0) - mean[direction].unsqueeze(-1)
+        deviation = branch[..., : signal.centred.shape[-1]] + constant.to(branch)
+        made.append(deviation if signal.mask is None else deviation * signal.mask)
+    return torch.stack(made) if len(made) > 1 else made[0].unsqueeze(0)
+
+
+def _through_branch(signal: Signal, kernel: Tensor, deviation: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the branch's energy by the spectrum of u and by the kernel. `factor`: by the deviations."""
+    whole, spectra = _whole_spectrum(signal), torch.fft.rfft(kernel, signal.n)
+    by_spectrum: Tensor | None = None
+    to_kernel = []
+    for direction, own in enumerate(spectra):
+        g = torch.fft.rfft(deviation[direction] * factor[direction].to(deviation), signal.n)
+        made = g * (own.conj() if direction == 0 else own)
+        by_spectrum = made if by_spectrum is None else by_spectrum + made
+        crossed = (g * whole.conj()).sum(0)
+        to_kernel.append(torch.fft.irfft(crossed if direction == 0 else crossed.conj(), signal.n))
+    assert by_spectrum is not None
+    return by_spectrum, torch.stack(to_kernel)[..., : kernel.shape[-1]].double()
+
+
+def _to_input(signal: Signal, by_turned: Tensor, by_correlation: Tensor, by_spectrum: Tensor | None) -> Tensor:
+    """The derivative by u, of the shape of u."""
+    length = signal.u.shape[-1]
+    # R[d] = sum_t u[t] u[t + d] lets each input meet both its neighbours at d
+    lags = by_correlation.clone()
+    lags[..., 0] *= 2
+    found = torch.fft.rfft(_ring(lags, signal.n), signal.n).real.to(signal.centred) * _whole_spectrum(signal)
+    if by_spectrum is not None:
+        found = found + by_spectrum
+    to_u = torch.fft.irfft(found, signal.n)[..., :length]
+    for direction, own in enumerate(by_turned):
+        to_u = to_u + signal.from_end(own, direction == 0)
+    return to_u if signal.mask is None else to_u * signal.mask
 
 
 def constant_response(
