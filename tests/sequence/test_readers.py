@@ -318,8 +318,11 @@ def test_archives_of_series_are_read_whole_and_ragged(tmp_path):
     found = read_sequences(path)
     assert found.X.tolist() == [[[1, 2, 3], [4, 5, 6]], [[9, 8, 0], [7, 6, 0]]]
     assert found.lengths.tolist() == [3, 2]
-    path.write_text("@data\n1,2")
-    with pytest.raises(InvalidInput, match=r"cannot be read as a .ts file"):
+    path.write_text(EQUAL.replace("4.5", "four"))
+    with pytest.raises(InvalidInput, match=r"cannot be read as a .ts file: .*'four'"):
+        read_sequences(path)
+    path.write_text("nonsense")
+    with pytest.raises(InvalidInput, match="holds no rows"):
         read_sequences(path)
 
 

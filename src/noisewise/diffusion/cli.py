@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError, require
+from noisewise.command import (
+    REPORT,
+    RUN,
+    SUMMARY,
+    claim,
+    interruptible,
+    read_json,
+    refuse_file,
+    refuse_unfinished,
+    typed,
+)
+from noisewise.errors import InvalidInput, NoisewiseWarning, require
 from noisewise.files import write_atomically
 from noisewise.typing import check_count, check_positive
 
@@ -30,8 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Covariance", "Kind", "Objective", "diffusion_app"]
 
-_COMMAND, _RUN, _HEAD, _SUMMARY, _REPORT = "command.json", "run", "head", "summary.json", "report.html"
-_IMAGES, _SHEET, _RESULTS = "images", "contact-sheet.png", "results.json"
+_HEAD, _IMAGES, _SHEET, _RESULTS = "head", "images", "contact-sheet.png", "results.json"
 # images that a fit needs; of them so many are held out, at most, and so many of those bounded
 _LEAST, _MOST_HELD_OUT, _BOUNDED = 40, 500, 256
 # steps of the bound of a fit, and the levels of its calibration as shares of T
@@ -150,21 +158,22 @@ def fit_command(
         raise InvalidInput(
             f"--probes {probes} belongs to --objective ocm and would do nothing for {objective}: leave it out"
         )
-    _refuse_file(out)
-    with _interruptible("the same command goes on"):
+    refuse_file(out)
+    with interruptible("the same command goes on"):
         loaded = _load(model, device)
         images = loaded.images(data, limit)
         if len(images) < _LEAST:
             raise InvalidInput(f"{data!r} holds {len(images)} images: a fit needs at least {_LEAST}")
-        _claim(out, {"command": "fit", **_sources(loaded, data, images), **options}, (_RUN, _HEAD))
+        claim(out, {"command": "fit", **_sources(loaded, data, images), **options}, (RUN, _HEAD))
         facts = _finished(out)
         if facts is None:
             facts = _fit(loaded, images, out, options, most)
-            write_atomically(out / _SUMMARY, json.dumps(facts, indent=2))
+            write_atomically(out / SUMMARY, json.dumps(facts, indent=2))
             if not facts["interrupted"]:
                 facts |= _measure(loaded, _head(out, loaded), _split(images, seed)[1], seed)
-                _write_page(loaded, out, images, facts, _typed("fit", model, data, out, options))
-                write_atomically(out / _SUMMARY, json.dumps(facts, indent=2))
+                words = ["noisewise", "diffusion", "fit", model, data, "-o", str(out)]
+                _write_page(loaded, out, images, facts, typed(words, options))
+                write_atomically(out / SUMMARY, json.dumps(facts, indent=2))
     _show_fit(facts, out, as_json)
     if facts["interrupted"]:
         typer.echo(f"interrupted at step {facts['steps_made']} of {steps}; the same command goes on", err=True)
@@ -194,7 +203,7 @@ def sample_command(
     """Draw images with the covariance of a head; the same command again goes on with what is missing."""
     n, steps, seed = check_count("-n", n), check_count("--steps", steps, 2), check_count("--seed", seed, 0)
     _check_covariance(head, covariance)
-    _refuse_file(out)
+    refuse_file(out)
     from noisewise.diffusion.images import contact_sheet, read_images, write_images
     from noisewise.diffusion.scheduler import CovarianceScheduler
 
@@ -204,9 +213,9 @@ def sample_command(
     scheduler.set_timesteps(steps)
     options = {"n": n, "steps": steps, "eta": eta, "covariance": covariance.value, "seed": seed}
     marks = {"model": loaded.source, "weights": loaded.mark(), "head": None if found is None else _head_mark(found)}
-    _claim(out, {"command": "sample", **marks, **options}, (_IMAGES,))
+    claim(out, {"command": "sample", **marks, **options}, (_IMAGES,))
     made = 0
-    with _interruptible("the same command goes on"):
+    with interruptible("the same command goes on"):
         for first, size in _batches("images", n):
             names = [out / _IMAGES / f"{index:06d}.png" for index in range(first, first + size)]
             if all(name.is_file() for name in names):
@@ -246,7 +255,7 @@ def nll_command(
     found = _head(head, loaded)
     _check_steps(counts, loaded)
     images = loaded.images(data, most)
-    with _interruptible("nothing was kept"):
+    with interruptible("nothing was kept"):
         table = {}
         for count in _shown("bounds, steps", counts):
             table[count] = _bounds(loaded, found, images, count, levels, seed)
@@ -282,7 +291,7 @@ def compare_command(
     counts, seeds, seed = _counts(steps), check_count("--seeds", seeds), check_count("--seed", seed, 0)
     n, most = check_count("-n", n, 2), None if limit is None else check_count("--limit", limit, 4)
     if out is not None:
-        _refuse_file(out)
+        refuse_file(out)
     loaded = _load(model, device)
     found = _head(head, loaded)
     _check_steps(counts, loaded)
@@ -292,9 +301,9 @@ def compare_command(
     n = min(n, len(images) // 2)
     if out is not None:
         marks = {"head": _head_mark(found), **_sources(loaded, data, images)}
-        _claim(out, {"command": "compare", **marks, "n": n, "seeds": seeds, "seed": seed}, (_RESULTS,))
+        claim(out, {"command": "compare", **marks, "n": n, "seeds": seeds, "seed": seed}, (_RESULTS,))
     again = "nothing was kept: -o FOLDER keeps finished rows" if out is None else "the same command goes on"
-    with _interruptible(again):
+    with interruptible(again):
         rows = _compare(loaded, found, images, counts, n, seeds, seed, out)
     if as_json:
         typer.echo(json.dumps({"images": len(images), "n": n, "seeds": seeds, "rows": rows}, indent=2))
@@ -371,15 +380,11 @@ def _head(folder: Path, loaded: _Loaded) -> "CovarianceHead":
 
     place = folder / _HEAD if (folder / _HEAD).is_dir() else folder
     if not (place / "config.json").is_file():
-        if (folder / _RUN).is_dir():
-            raise RunFolderError(
-                f"the fit in {folder} was cut short before it was saved: run the same fit command again to go on"
-            )
-        raise RunFolderError(f"{folder} holds no head of `noisewise diffusion fit`")
+        refuse_unfinished(folder, "head of `noisewise diffusion fit`")
     head = CovarianceHead.from_pretrained(place)
     head.check_model(loaded.network, loaded.levels)
-    summary = place.parent / _SUMMARY
-    if summary.is_file() and _read_json(summary).get("interrupted"):
+    summary = place.parent / SUMMARY
+    if summary.is_file() and read_json(summary).get("interrupted"):
         warnings.warn(
             f"the fit in {place.parent} was interrupted: run the same fit command again to go on",
             NoisewiseWarning,
@@ -427,60 +432,12 @@ def _sources(loaded: _Loaded, data: str, images: "torch.Tensor") -> dict[str, An
     }
 
 
-def _refuse_file(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file; --out names a folder")
-
-
-def _claim(out: Path, command: dict[str, Any], own: tuple[str, ...]) -> None:
-    """Record a new command; refuse a folder of something else, or of the same command with other options."""
-    from noisewise.sampling.cli import read_command
-
-    record = out / _COMMAND
-    if record.is_file():
-        before = read_command(record)
-        for name in command:
-            if before.get(name) != command[name]:
-                said = [repr(value) if value is not None else "nothing" for value in (before.get(name), command[name])]
-                raise RunFolderError(
-                    f"{out} holds a {before.get('command')} with {name} {said[0]}, but {said[1]} was asked for; choose another "
-                    "folder, or give the same command to go on"
-                )
-        return
-    _refuse_file(out)
-    if out.exists() and any(out.iterdir()):
-        held = "no command.json beside its results" if any((out / name).exists() for name in own) else "other files"
-        raise RunFolderError(f"{out} is not empty and holds {held}; choose a new folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out {out} cannot be created ({error.strerror}); choose another folder") from error
-    write_atomically(record, json.dumps(command, indent=2))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged ({error}): remove it, and run the same command again") from error
-
-
 def _finished(out: Path) -> dict[str, Any] | None:
     """The summary of a fit of which nothing is left to do."""
-    if not (out / _SUMMARY).is_file() or not (out / _REPORT).is_file():
+    if not (out / SUMMARY).is_file() or not (out / REPORT).is_file():
         return None
-    facts = _read_json(out / _SUMMARY)
+    facts = read_json(out / SUMMARY)
     return None if facts["interrupted"] or facts["cut"] else facts
-
-
-@contextmanager
-def _interruptible(again: str) -> Iterator[None]:
-    """Ctrl-C, in the words and with the exit code of a shell."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; {again}", err=True)
-        raise typer.Exit(130) from None
 
 
 # --- fit
@@ -509,7 +466,7 @@ def _fit(
     )  # fmt: skip
     result = fit_covariance(
         loaded.network, head, kept, options["objective"], noise_schedule=loaded.levels, probes=options["probes"],
-        steps=options["steps"], batch_size=options["batch_size"], max_seconds=most, resume=out / _RUN, progress=True,
+        steps=options["steps"], batch_size=options["batch_size"], max_seconds=most, resume=out / RUN, progress=True,
         seed=options["seed"],
     )  # fmt: skip
     head.save_pretrained(out / _HEAD)
@@ -611,15 +568,7 @@ def _write_page(loaded: _Loaded, out: Path, images: "torch.Tensor", facts: dict[
         uncertainty_plot(shown, noisy, prediction.clean, spread, t),
         "Held-out images, noised; what the network takes them for; how far each pixel may be off.",
     )
-    report.save(out / _REPORT)
-
-
-def _typed(command: str, model: str, data: str, out: Path, options: dict[str, Any]) -> str:
-    words = ["noisewise", "diffusion", command, model, data, "-o", str(out)]
-    for name, value in options.items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+    report.save(out / REPORT)
 
 
 def _show_fit(facts: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -647,8 +596,8 @@ def _show_fit(facts: dict[str, Any], out: Path, as_json: bool) -> None:
             f"--max-seconds ended the fit at step {facts['steps_made']} of {facts['steps']}; the same command goes on"
         )
     console.print(f"head:   {escape(str(out / _HEAD))}", soft_wrap=True, highlight=False)
-    if (out / _REPORT).is_file():
-        console.print(f"report: {(out / _REPORT).resolve().as_uri()}", soft_wrap=True, highlight=False)
+    if (out / REPORT).is_file():
+        console.print(f"report: {(out / REPORT).resolve().as_uri()}", soft_wrap=True, highlight=False)
 
 
 # --- sampling
@@ -726,7 +675,7 @@ def _compare(
     """One row for each sampler and number of steps; finished rows are read from `out`."""
     from noisewise.progress import Reporter
 
-    kept = {} if out is None or not (out / _RESULTS).is_file() else _read_json(out / _RESULTS)
+    kept = {} if out is None or not (out / _RESULTS).is_file() else read_json(out / _RESULTS)
     samplers = _samplers(loaded, head)
     distance = _Distance.of(images, n, seed)
     rows: list[dict[str, Any]] = []

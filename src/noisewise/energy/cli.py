@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noisewise.command import COMMAND, RUN, refuse_file, refuse_unfinished
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 from noisewise.files import as_csv, write_atomically
 from noisewise.typing import check_count, check_positive
@@ -27,7 +28,7 @@ __all__ = ["EnergyMethod", "energy_app", "read_table"]
 # above this many columns a full covariance per row is not worth its price
 _LARGEST_FULL = 200
 # beside config.json and model.safetensors, so that `from_pretrained` reads the folder itself
-_COMMAND, _RUN, _REPORT = "command.json", "run", "report.txt"
+_REPORT = "report.txt"
 
 energy_app = typer.Typer(no_args_is_help=True, help="Fit an energy model to a table, and draw rows from it.")
 
@@ -73,14 +74,13 @@ def fit_command(
 
     given = {name: value for name, value in (("beta", beta), ("reference", reference)) if value is not None}
     _refuse_idle(method, {"beta": beta, "reference": reference, "sigma": sigma})
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file; --out names a folder")
+    refuse_file(out)
     rows, names = read_table(data)
     if len(rows) < LEAST_ROWS:
         raise InvalidInput(f"{str(data)!r} holds {len(rows)} rows of numbers: at least {LEAST_ROWS} rows are needed")
     check_varies(rows, names)
     command = {"method": method.value, "names": names, "rows": len(rows)}
-    if (out / _COMMAND).is_file() and not _same(out / _COMMAND, command):
+    if (out / COMMAND).is_file() and not _same(out / COMMAND, command):
         raise RunFolderError(f"{out} holds a fit of other data or by another method; choose another folder")
     if method is EnergyMethod.DSM:
         facts, text = _fit_dsm(rows, out, command, _SIGMA if sigma is None else sigma, steps, max_seconds, seed)
@@ -208,7 +208,7 @@ def _fit_mfd(
     from noisewise.energy.mixture import MixtureScoreMatching
 
     model = MixtureScoreMatching(
-        **given, steps=steps, seed=seed, max_seconds=limit, checkpoint=out / _RUN, progress=True,
+        **given, steps=steps, seed=seed, max_seconds=limit, checkpoint=out / RUN, progress=True,
     )  # fmt: skip
     with warnings.catch_warnings():
         # the report repeats them
@@ -257,7 +257,7 @@ def _fit_dsm(
     net = EnergyNet(rows.shape[1], base_scale=math.sqrt(1 + sigma**2), seed=seed)
     result = fit_energy(
         net, (rows - mean) / scale, "dsm", Corruption(1.0, sigma), steps=steps, max_seconds=limit,
-        checkpoint=out / _RUN, progress=True, seed=seed,
+        checkpoint=out / RUN, progress=True, seed=seed,
     )  # fmt: skip
     net.save_pretrained(out)
     record = {**command, "mean": mean.tolist(), "scale": scale.tolist()}
@@ -293,7 +293,7 @@ def _dsm_facts(result: "FitResult") -> dict[str, Any]:
 def _write_command(out: Path, record: dict[str, Any], interrupted_at: int | None) -> None:
     """What was fitted; a fit that Ctrl-C cut short is marked, so that its draws can be warned of."""
     mark = {} if interrupted_at is None else {"interrupted_at": interrupted_at}
-    write_atomically(out / _COMMAND, json.dumps({**record, **mark}, indent=2))
+    write_atomically(out / COMMAND, json.dumps({**record, **mark}, indent=2))
 
 
 def _sample_dsm(folder: Path, command: dict[str, Any], n: int, seed: int) -> "torch.Tensor":
@@ -320,15 +320,11 @@ def _sample_dsm(folder: Path, command: dict[str, Any], n: int, seed: int) -> "to
 
 def _read_command(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _COMMAND).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if (folder / _RUN).is_dir():
-            raise RunFolderError(
-                f"the fit in {folder} was cut short before it was saved: run the same fit command again to go on"
-            ) from error
-        raise RunFolderError(f"{folder} holds no finished `noisewise energy fit`") from error
+        return json.loads((folder / COMMAND).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        refuse_unfinished(folder, "finished `noisewise energy fit`")
     except ValueError as error:
-        raise RunFolderError(f"{folder / _COMMAND} is damaged: {error}") from error
+        raise RunFolderError(f"{folder / COMMAND} is damaged: {error}") from error
 
 
 def _same(path: Path, command: dict[str, Any]) -> bool:

@@ -1,9 +1,7 @@
 """`noisewise neural fit`, `sample` and `evaluate`: a log density becomes a network, the network draws, the draws are measured."""
 
-import hashlib
 import io
 import json
-import shlex
 import sys
 import warnings
 from enum import StrEnum
@@ -16,9 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from noisewise.command import (
+    COMMAND,
+    REPORT,
+    RUN,
+    SUMMARY,
+    digest,
+    make_folder,
+    read_command,
+    refuse_file,
+    refuse_unfinished,
+    typed,
+)
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning, RunFolderError
 from noisewise.files import as_csv, write_atomically
-from noisewise.sampling.cli import ZOO, load_target, read_command, refuse_changed, source_digest
+from noisewise.sampling.cli import ZOO, load_target, refuse_changed, source_digest
 from noisewise.typing import check_count, check_positive
 
 if TYPE_CHECKING:
@@ -29,9 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Generator", "Preset", "neural_app"]
 
-# what lies in the folder of --out: the run to go on from, and what `DiKLSampler.from_pretrained` reads
-_COMMAND, _RUN, _MODEL = "command.json", "run", "model"
-_SUMMARY, _REPORT = "summary.json", "report.html"
+# what `DiKLSampler.from_pretrained` reads
+_MODEL = "model"
 _OPTIONS = ("dim", "preset", "generator", "steps", "seconds", "budget", "seed")
 # what the library calls the options of the command line
 _SAID_HERE = {
@@ -111,12 +120,12 @@ def fit_command(
     sampler = DiKLSampler(density, generator.value, preset.value, init=starts, seed=options["seed"])
     command = {"source": _placed(target), "sha256": source_digest(target), "dim": density.dim, **options}
     names = getattr(density, "names", None)
-    _claim(out, command | {"init_sha256": None if init is None else _digest(init), "names": names and list(names)})
+    _claim(out, command | {"init_sha256": None if init is None else digest(init), "names": names and list(names)})
     _fit(sampler, out, options)
     sampler.save_pretrained(out / _MODEL)
     facts = _facts(sampler, target, options | {"init": init and str(init)})
-    write_atomically(out / _SUMMARY, json.dumps(facts, indent=2))
-    write_page(sampler, out / _REPORT, target, _typed(target, dim, out, init, options), options["budget"])
+    write_atomically(out / SUMMARY, json.dumps(facts, indent=2))
+    write_page(sampler, out / REPORT, target, _typed(target, dim, out, init, options), options["budget"])
     _show(facts, out, as_json)
     if sampler.interrupted_:
         typer.echo(f"interrupted at step {facts['steps']}; the same command goes on to the same sampler", err=True)
@@ -236,13 +245,13 @@ def _fit(sampler: "DiKLSampler", out: Path, options: dict[str, Any]) -> None:
             warnings.simplefilter("ignore", NoisewiseWarning)
             sampler.fit(
                 max_steps=options["steps"], max_seconds=options["seconds"], max_gradients=options["budget"],
-                resume=out / _RUN, progress=True,
+                resume=out / RUN, progress=True,
             )  # fmt: skip
     except InvalidInput as error:
         raise InvalidInput(_said_here(str(error))) from error
     except KeyboardInterrupt:
         # the networks mind Ctrl-C by themselves; a second one at once is as a crash
-        where = "" if any((out / _RUN).glob("checkpoint*")) else " while the chains ran"
+        where = "" if any((out / RUN).glob("checkpoint*")) else " while the chains ran"
         typer.echo(f"interrupted{where}; the same command goes on", err=True)
         raise typer.Exit(130) from None
     sampler.warnings_ = tuple(_said_here(text) for text in sampler.warnings_)
@@ -257,15 +266,9 @@ def _said_here(text: str) -> str:
 
 def _typed(target: str, dim: int | None, out: Path, init: Path | None, options: dict[str, Any]) -> str:
     """The command line of a fit, options at their defaults left out."""
-    usual = {"preset": Preset.CPU.value, "generator": Generator.MLP.value, "seed": 0}
     given = {"target": target, "dim": dim, **options, "init": init, "out": out}
-    words = ["noisewise", "neural", "fit"]
-    for name, value in given.items():
-        if value is not None and value != usual.get(name):
-            # 60, as it was typed, and not 60.0
-            whole = isinstance(value, float) and value.is_integer()
-            words += [f"--{name}", str(int(value) if whole else value)]
-    return shlex.join(words)
+    usual = {"preset": Preset.CPU.value, "generator": Generator.MLP.value, "seed": 0}
+    return typed(["noisewise", "neural", "fit"], given, usual)
 
 
 def _placed(source: str) -> str:
@@ -276,19 +279,15 @@ def _placed(source: str) -> str:
 
 def _claim(out: Path, command: dict[str, Any]) -> None:
     """Record the command of a new fit; refuse a folder that holds something else, or a fit by other options."""
-    record = out / _COMMAND
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file; --out names a folder")
-    if (out / _RUN).exists():
+    record = out / COMMAND
+    refuse_file(out)
+    if (out / RUN).exists():
         if not record.is_file():
             raise RunFolderError(f"{out} holds no run of `noisewise neural fit`; choose another folder")
         _refuse_other(read_command(record), command, out)
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out {out} cannot be created ({error.strerror}); choose another folder") from error
-    if any(path.name != _COMMAND for path in out.iterdir()):
+    make_folder(out)
+    if any(path.name != COMMAND for path in out.iterdir()):
         raise RunFolderError(f"{out} is not empty; choose a new folder")
     write_atomically(record, json.dumps(command, indent=2))
 
@@ -347,7 +346,7 @@ def _show(facts: dict[str, Any], out: Path, as_json: bool) -> None:
     for text in facts["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
     console.print(f"model:  {escape(str(out / _MODEL))}", soft_wrap=True, highlight=False)
-    console.print(f"report: {(out / _REPORT).resolve().as_uri()}", soft_wrap=True, highlight=False)
+    console.print(f"report: {(out / REPORT).resolve().as_uri()}", soft_wrap=True, highlight=False)
 
 
 class _NoDensity:
@@ -374,13 +373,9 @@ class _NoDensity:
 
 def _finished(folder: Path) -> dict[str, Any]:
     """The command of a finished or interrupted fit in `folder`."""
-    if not (folder / _COMMAND).is_file() or not (folder / _MODEL).is_dir():
-        if (folder / _RUN).is_dir():
-            raise RunFolderError(
-                f"the fit in {folder} was cut short before it was saved: run the same fit command again to go on"
-            )
-        raise RunFolderError(f"{folder} holds no finished `noisewise neural fit`")
-    return read_command(folder / _COMMAND)
+    if not (folder / COMMAND).is_file() or not (folder / _MODEL).is_dir():
+        refuse_unfinished(folder, "finished `noisewise neural fit`")
+    return read_command(folder / COMMAND)
 
 
 def _density(folder: Path, command: dict[str, Any], moved: str | None) -> "Target":
@@ -452,7 +447,7 @@ def _read_draws(path: Path, dim: int) -> "torch.Tensor":
     """Draws [n, dim] of a .npy file, or of a folder that `noisewise sample -o` wrote."""
     if not path.is_dir():
         return _read_rows("--reference", path, dim, "draws")
-    if (path / _MODEL).is_dir() or (path / _RUN).is_dir():
+    if (path / _MODEL).is_dir() or (path / RUN).is_dir():
         raise InvalidInput(
             f"--reference {path} is a folder of `noisewise neural fit`, and the draws of a network are not to be trusted: "
             "give the folder of `noisewise sample -o`; to compare two networks, first draw from that one, "
@@ -475,10 +470,6 @@ def _read_starts(path: Path, dim: int) -> "torch.Tensor":
     except InvalidInput as error:
         raise InvalidInput(f"--init {path}: {error}") from error
     return starts
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_rows(option: str, path: Path, dim: int, rows: str) -> "torch.Tensor":

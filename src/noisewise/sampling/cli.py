@@ -1,6 +1,5 @@
 """`noisewise sample`: draw from a function in a user's file, or from a zoo problem, into a folder with a report."""
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from noisewise.command import COMMAND, REPORT, SUMMARY, digest, read_command
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 from noisewise.files import write_atomically
 from noisewise.typing import check_count, check_positive
@@ -30,14 +30,13 @@ __all__ = [
     "Dtype",
     "SamplingMethod",
     "load_target",
-    "read_command",
     "refuse_changed",
     "sample_command",
     "source_digest",
 ]
 
 # what lies in the folder of -o beside summary.json and report.html; the draws are a run folder, for `Draws.load`
-_COMMAND, _DRAWS = "command.json", "draws"
+_DRAWS = "draws"
 _CHAINS = 64
 # known problems by the name they go by on the command line, and what `noisewise.targets` calls them
 ZOO = {
@@ -164,8 +163,8 @@ def _show(result: "Draws", out: Path | None, as_json: bool) -> None:
     summary = result.summary()
     facts = summary.to_dict()
     if out is not None:
-        write_atomically(out / "summary.json", json.dumps(facts, indent=2))
-        result.report(out / "report.html")
+        write_atomically(out / SUMMARY, json.dumps(facts, indent=2))
+        result.report(out / REPORT)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -174,7 +173,7 @@ def _show(result: "Draws", out: Path | None, as_json: bool) -> None:
         if out is None:
             console.print("nothing was kept; -o FOLDER keeps draws, summary and report", highlight=False)
         else:
-            console.print(f"report: {(out / 'report.html').resolve().as_uri()}", soft_wrap=True, highlight=False)
+            console.print(f"report: {(out / REPORT).resolve().as_uri()}", soft_wrap=True, highlight=False)
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -272,15 +271,7 @@ def _make_starts(
 def source_digest(source: str) -> str | None:
     """SHA-256 of the user's file, so that a resumed run is refused when its target has changed; None for a known problem."""
     path, colon, _ = source.rpartition(":")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if colon else None
-
-
-def read_command(record: Path) -> dict[str, Any]:
-    """What a `command.json` holds. Raises `RunFolderError` for a damaged one, `OSError` where there is none."""
-    try:
-        return json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"{record} is damaged ({error}); start again in another folder") from error
+    return digest(Path(path)) if colon else None
 
 
 def refuse_changed(before: dict[str, Any], source: str, out: Path) -> None:
@@ -294,7 +285,7 @@ def refuse_changed(before: dict[str, Any], source: str, out: Path) -> None:
 
 def _prepare_folder(out: Path, command: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that holds something else; record the command. `sample` compares the options themselves."""
-    record = out / _COMMAND
+    record = out / COMMAND
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"{out} is a file; -o names a folder")
     begun = (out / _DRAWS).exists()
@@ -304,6 +295,6 @@ def _prepare_folder(out: Path, command: dict[str, Any], resume: bool) -> None:
         refuse_changed(read_command(record), command["source"], out)
     elif begun:
         raise RunFolderError(f"{out} already holds a run; go on with it by --resume, or choose another folder")
-    elif out.is_dir() and any(path.name != _COMMAND for path in out.iterdir()):
+    elif out.is_dir() and any(path.name != COMMAND for path in out.iterdir()):
         raise RunFolderError(f"{out} is not empty; choose a new folder")
     write_atomically(record, json.dumps(command, indent=2))

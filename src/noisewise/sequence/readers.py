@@ -279,6 +279,8 @@ def _assembled(
     raw: _Raw, path: str, length: int | None, task: str, classes: Sequence[str] | None, rate: float | None, mono: bool
 ) -> Sequences:
     """Rows of one length, checked, with their labels as places in the classes, or as values."""
+    if not raw.rows:
+        raise InvalidInput(f"{path!r} holds no rows")
     if raw.rows[0].ndim == 2:
         raw.rows = _signals(raw, path, rate, mono)
     elif rate is not None or mono:
