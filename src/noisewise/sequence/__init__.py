@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "block": ["MRConvBlock", "merge_layers", "parameter_groups"],
         "convolution": ["long_conv"],
+        "estimator": ["SequenceClassifier", "SequenceRegressor"],
+        "fitting": ["SequenceFit", "fit_sequence", "recalibrate"],
         "images": ["ImageMRConv", "swap_layers"],
         "layer": ["MRConv"],
         "merged": ["LongConv"],
