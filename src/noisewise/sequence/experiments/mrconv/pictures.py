@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["illustrate", "kernel_plot"]
 
-_PLOTTED = ("NMSE", "accuracy, %", "accuracy at half the rate, %")
+_PLOTTED = ("NMSE", "NMSE at half the rate", "accuracy, %", "accuracy at half the rate, %")
 _SHOWN = ("MRConv fourier", "MRConv fourier+sparse", "MRConv dilated", "free kernel", "S4D", "SGConv")
 
 

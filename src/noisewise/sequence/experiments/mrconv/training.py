@@ -150,7 +150,13 @@ def models(
 
 
 def _fitted(
-    model: SequenceModel, rows: Split, epochs: float | int, seed: int, lr: float, kernel_lr: float, options: dict[str, Any]
+    model: SequenceModel,
+    rows: Split,
+    epochs: float | int,
+    seed: int,
+    lr: float,
+    kernel_lr: float,
+    options: dict[str, Any],
 ) -> Cost:
     for part in model.modules():
         for parameter in getattr(part, "of_kernel", ()):
