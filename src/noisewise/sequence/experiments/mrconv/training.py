@@ -111,7 +111,7 @@ _LAYERS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "free kernel": lambda s: {"layer": FreeKernel},
     "GRU": lambda s: {"layer": lambda d_model, length: GRU(d_model)},
     # the two layers of the encoder come one behind the other, then a block's gate
-    "transformer": lambda s: {"layer": functools.partial(Transformer, layers=s.n_layers), "n_layers": 1},
+    "transformer": lambda s: {"layer": functools.partial(Transformer, layers=s.n_layers, heads=2), "n_layers": 1},
 }
 # of those without a kernel
 _SETTINGS = {"dilated CNN": _RATES, "GRU": _RATES, "transformer": _TRANSFORMER_RATES}
