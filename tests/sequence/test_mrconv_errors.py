@@ -43,6 +43,7 @@ def in_form(form, **options):
         ({"eps": 0}, "eps must be a finite number above 0, got 0"),
         ({"eps": math.nan}, "eps must be a finite number above 0, got nan"),
         ({"momentum": 0.0}, "momentum must be a finite number above 0"),
+        ({"momentum": 1.5}, "momentum"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_quoted(arguments, message, shapes_unchecked):

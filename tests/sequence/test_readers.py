@@ -36,7 +36,7 @@ def test_signals_come_back_with_their_labels(tmp_path, shape):
     assert found.classes == ("maybe", "no", "yes")
     assert [found.classes[place] for place in found.y] == y.tolist()
     assert (found.lengths == 9).all()
-    assert (found.groups, found.rate, found.cut, found.tokens) == (None, None, 0, False)
+    assert (found.groups, found.rate, found.cut.any(), found.tokens) == (None, None, False, False)
 
 
 def test_rows_are_cut_and_filled_to_one_length(tmp_path):
@@ -49,10 +49,12 @@ def test_rows_are_cut_and_filled_to_one_length(tmp_path):
     short = read_sequences(path, length=6)
     assert short.X.shape == (6, 2, 6)
     assert np.array_equal(short.X, found.X[..., :6])
-    assert (short.lengths.tolist(), short.cut) == ([6, 5, 6, 1, 6, 3], 3)
+    assert short.lengths.tolist() == [6, 5, 6, 1, 6, 3]
+    assert short.cut.tolist() == (lengths > 6).tolist()
+    assert short.rows(np.array([1, 2])).cut.tolist() == [False, True]
     long = read_sequences(path, length=20)
     assert np.array_equal(long.X[..., :9], found.X)
-    assert (long.X.shape, long.cut, long.lengths.tolist()) == ((6, 2, 20), 0, lengths.tolist())
+    assert (long.X.shape, long.cut.any(), long.lengths.tolist()) == ((6, 2, 20), False, lengths.tolist())
 
 
 def test_classes_are_in_the_order_of_numbers_and_known_ones_keep_theirs(tmp_path):

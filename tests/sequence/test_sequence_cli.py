@@ -223,7 +223,6 @@ def test_a_folder_of_another_command_or_other_data_is_refused(fitted, data, tmp_
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_sentence_before_any_work(data, monkeypatch, capsys, arguments, said):
-    pytest.importorskip("noisewise.sequence.export") if arguments[0] == "export" else None
     monkeypatch.chdir(data.parent)
     with pytest.raises(SystemExit) as stopped:
         main(["sequence", *map(str, arguments)])
@@ -294,19 +293,20 @@ def test_listops_are_those_of_the_library_and_the_file_is_the_same_every_time(tm
 
 
 def test_a_graph_gives_what_the_model_gives(fitted, tmp_path, capsys):
-    pytest.importorskip("noisewise.sequence.export")
     onnxruntime = pytest.importorskip("onnxruntime")
     _, out = fitted
     form = Preparation.load(out / "model")
     rows = 3 + 5 * torch.randn(7, 1, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = Prepared(SequenceModel.from_pretrained(out / "model"), form)(rows)
-    run("export", out, tmp_path / "model.onnx")
+    with pytest.warns(NoisewiseWarning, match="give it rows of the whole length"):
+        run("export", out, tmp_path / "model.onnx")
     assert "takes rows of shape (1, 48), gives scores of 0, 1" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (made,) = session.run(None, {session.get_inputs()[0].name: rows.numpy()})
     np.testing.assert_allclose(made, wanted, atol=1e-4)
-    run("export", out, tmp_path / "model.pt2", "--json")
+    with pytest.warns(NoisewiseWarning, match="give it rows of the whole length"):
+        run("export", out, tmp_path / "model.pt2", "--json")
     assert json.loads(capsys.readouterr().out)["row"] == [1, 48]
     again = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(again(rows), wanted, atol=1e-4, rtol=1e-4)

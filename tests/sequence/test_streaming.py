@@ -1,6 +1,7 @@
 """A stream is the layer: for chunks of any sizes, for ever, and at a cost that the kernel's parts decide."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -209,6 +210,18 @@ def test_rows_of_a_stream_do_not_hear_each_other(form):
 
 
 @EVERY_FORM
+def test_a_stream_keeps_the_weights_of_its_start(form):
+    module, u = streamed(form), signal(2, 40)
+    true, state = offline(module, u), module.init_state(2)
+    with torch.no_grad():
+        for value in itertools.chain(module.parameters(), module.buffers()):
+            if value.is_floating_point():
+                value.mul_(2.0)
+    y = torch.cat([by_steps(module, u[..., :20], state), module(u[..., 20:], state)[0]], -1)
+    assert (y - true).abs().max() < 1e-11
+
+
+@EVERY_FORM
 def test_a_copy_of_a_state_goes_its_own_way(form):
     module, u = streamed(form), signal(2, 40)
     state = module.init_state(2)
@@ -293,3 +306,33 @@ def test_a_layer_that_looks_ahead_does_not_stream():
 def test_a_stream_without_rows_is_refused(form, batch):
     with pytest.raises(InvalidInput, match="batch must be at least 1"):
         streamed(form).init_state(batch)
+
+
+@pytest.mark.parametrize("form", ["fourier", "merged"])
+@pytest.mark.parametrize("batch", [1.5, "2"])
+def test_a_number_of_rows_that_is_none_is_refused(form, batch, shapes_unchecked):
+    with pytest.raises(InvalidInput, match="batch must be"):
+        streamed(form).init_state(batch)
+
+
+@EVERY_FORM
+def test_a_chunk_without_an_axis_of_time_is_refused(form, shapes_unchecked):
+    module = streamed(form)
+    with pytest.raises(InvalidInput, match=r"\(2, 3\)"):
+        module(signal(2, 5)[..., 0], module.init_state(2))
+
+
+@pytest.mark.parametrize("form", ["fourier", "merged"])
+def test_lengths_of_a_chunk_are_refused_and_not_forgotten(form):
+    module = streamed(form)
+    with pytest.raises(InvalidInput, match="lengths"):
+        module(signal(2, 5), module.init_state(2), lengths=torch.tensor([5, 3]))
+
+
+@EVERY_FORM
+def test_weights_in_half_precision_stream_too(form):
+    module = streamed(form).to(torch.bfloat16)
+    u = signal(2, 40).to(torch.bfloat16)
+    true = offline(copy.deepcopy(module).double(), u.double())
+    # each of some ten factors is rounded to 3 digits
+    assert (by_steps(module, u, module.init_state(2)).double() - true).abs().max() < 0.05 * true.abs().max()

@@ -221,7 +221,11 @@ def evaluate_command(
             assert chosen is not None
             found = chosen
         inputs = preparation.inputs(found)
-        facts: dict[str, Any] = {"rows": len(found), "cut_rows": found.cut, "classes": list(preparation.classes)}
+        facts: dict[str, Any] = {
+            "rows": len(found),
+            "cut_rows": int(found.cut.sum()),
+            "classes": list(preparation.classes),
+        }
         merged = whole.merge()
         answers = {name: answers_of(one, inputs, batch_size) for name, one in (("trained", whole), ("merged", merged))}
         for name, one in answers.items():
@@ -254,6 +258,13 @@ def export_command(
         whole, preparation = _load(model, "cpu")
         graph = Prepared(whole.merge(), preparation).eval()
         (export_onnx if out.suffix == ".onnx" else export_program)(graph, graph.example(), out)
+    if preparation.ragged:
+        warnings.warn(
+            "the model was fitted to rows of unequal length and minds where each ends, the graph does not: give it rows of the "
+            "whole length; shorter ones filled with zeros are scored otherwise than by `noisewise sequence evaluate`",
+            NoisewiseWarning,
+            stacklevel=2,
+        )
     shape = list(graph.example().shape[1:])
     if as_json:
         typer.echo(json.dumps({"out": str(out), "row": shape, "classes": list(preparation.classes)}, indent=2))
@@ -440,7 +451,7 @@ def _fit(
         "rows": len(train),
         "held_out_rows": held,
         "test_rows": 0 if test is None else len(test),
-        "cut_rows": train.cut,
+        "cut_rows": int(train.cut.sum()),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "held_out": {name: one.to_dict() for name, one in result.held_out.items()},
     }
@@ -532,7 +543,8 @@ def _show_scores(facts: dict[str, Any]) -> None:
         console.print(f"{facts['cut_rows']} rows were cut to the length of the model", highlight=False)
     if facts["confusion"]:
         names = [escape(name) for name in facts["classes"]]
-        shown = Table("class", *names, title="rows of each class by the class that was answered", title_justify="left")
+        console.print("rows of each class (down) by the class that was answered (across):", highlight=False)
+        shown = Table("class", *names)
         for name, row in zip(names, facts["confusion"], strict=True):
             shown.add_row(name, *map(str, row))
         console.print(shown)

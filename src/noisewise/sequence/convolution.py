@@ -50,12 +50,14 @@ def long_conv(
 
 
 def convolved(
-    u: Float[Tensor, "batch channel length"], spectrum: Tensor, kernels: Float[Tensor, "direction channel lag"], n: int
-) -> Float[Tensor, "batch channel length"]:
-    """`long_conv` by both directions of `kernels`, where the transform of `u` of size `n` is at hand already."""
+    u: Float[Tensor, "batch channel length"], spectrum: Tensor, kernels: Float[Tensor, "direction channel lag"], n: int,
+    constant: Float[Tensor, "rows channel length"] | None = None,
+) -> Float[Tensor, "batch channel length"]:  # fmt: skip
+    """`long_conv` by both directions of `kernels`, where the transform of `u` of size `n` is at hand; `constant` is added."""
     if torch.is_grad_enabled() and (u.requires_grad or kernels.requires_grad):
-        return _Convolution.apply(u, spectrum, kernels, n)
-    return torch.fft.irfft(spectrum * spectrum_of(kernels, u.shape[-1], n), n)[..., : u.shape[-1]]
+        return _Convolution.apply(u, spectrum, kernels, n, constant)
+    y = torch.fft.irfft(spectrum * spectrum_of(kernels, u.shape[-1], n), n)[..., : u.shape[-1]]
+    return y if constant is None else y + constant
 
 
 def spectrum_of(kernels: Float[Tensor, "direction channel lag"], length: int, n: int) -> Tensor:
@@ -74,12 +76,14 @@ class _Convolution(torch.autograd.Function):
     """Torch would differentiate a real FFT by a complex one of twice the work; a correlation needs real ones alone."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, spectrum: Tensor, kernels: Tensor, n: int) -> Tensor:
+    def forward(ctx: Any, u: Tensor, spectrum: Tensor, kernels: Tensor, n: int, constant: Tensor | None) -> Tensor:
         length = u.shape[-1]
         other = spectrum_of(kernels, length, n)
         ctx.save_for_backward(spectrum, other)
         ctx.sizes = length, kernels.shape[-1], len(kernels), n
-        return torch.fft.irfft(spectrum * other, n)[..., :length]
+        ctx.rows = None if constant is None else len(constant)
+        y = torch.fft.irfft(spectrum * other, n)[..., :length]
+        return y.contiguous() if constant is None else y + constant
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,7 +92,8 @@ class _Convolution(torch.autograd.Function):
         g = torch.fft.rfft(gradient, n)
         to_u = torch.fft.irfft(g * other.conj(), n)[..., :length] if ctx.needs_input_grad[0] else None
         to_kernels = kernel_gradient(g, spectrum, directions, min(lags, length), n)
-        return to_u, None, functional.pad(to_kernels, (0, max(0, lags - length))), None
+        to_constant = gradient.sum(0, keepdim=True) if ctx.rows == 1 else gradient if ctx.rows else None
+        return to_u, None, functional.pad(to_kernels, (0, max(0, lags - length))), None, to_constant
 
 
 def kernel_gradient(

@@ -47,7 +47,9 @@ class _Spectral(nn.Module):
     def __init__(self, conv: LongConv) -> None:
         super().__init__()
         self.n = 1 << (2 * conv.length - 2).bit_length()
-        self.register_buffer("spectrum", torch.view_as_real(spectrum_of(conv.kernel, conv.length, self.n)).movedim(-1, 0))
+        self.register_buffer(
+            "spectrum", torch.view_as_real(spectrum_of(conv.kernel, conv.length, self.n)).movedim(-1, 0)
+        )
         self.register_buffer("bias", conv.bias.unsqueeze(-1))
 
     def forward(self, u: Tensor, state: None = None, lengths: None = None) -> Tensor:

@@ -20,7 +20,7 @@ _MIXED = math.sqrt(0.5)
 class Resolution(NamedTuple):
     """Sub-kernel `index` has lags 0 to `support` - 1; `period` is l_0 2^index, which the last one may exceed `support` by."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of that name
     period: int
     support: int
 
@@ -121,7 +121,7 @@ class SubKernels(nn.Module):
         return a * self.mix[0, r.index] if len(self.parts) > 1 else a
 
     def _amplitudes(self, r: Resolution) -> Tensor:
-        a = torch.view_as_complex(getattr(self, f"fourier_{r.index}").contiguous()) * self._unit(r)
+        a = self._complex(r) * self._unit(r)
         # zero frequency and half the period stand once in a real series, and their imaginary parts count for nothing
         once = torch.zeros(self.modes, dtype=torch.bool, device=a.device)
         once[0], once[-1] = True, self.modes == 1 or 2 * (self.modes - 1) == r.period
@@ -130,6 +130,11 @@ class SubKernels(nn.Module):
     def _unit(self, r: Resolution) -> float:
         # sub-kernels then start near unit energy, whatever their length
         return (2 * self.modes * r.period) ** -0.5
+
+    def _complex(self, r: Resolution) -> Tensor:
+        pairs = getattr(self, f"fourier_{r.index}")
+        # there are no complex numbers and no FFTs of half precision
+        return torch.view_as_complex(pairs.to(torch.promote_types(pairs.dtype, torch.float32)).contiguous())
 
     def _taps_of(self, r: Resolution) -> int:
         return min(self.taps, r.support)
@@ -150,7 +155,7 @@ class SubKernels(nn.Module):
         return weights * self.mix[-1, r.index] if len(self.parts) > 1 else weights
 
     def _fourier(self, r: Resolution) -> Tensor:
-        a = torch.view_as_complex(getattr(self, f"fourier_{r.index}").contiguous())
+        a = self._complex(r)
         return (torch.fft.irfft(a, r.period, norm="forward") * self._unit(r))[..., : r.support]
 
     def _sparse(self, r: Resolution) -> Tensor:

@@ -61,6 +61,8 @@ class MRConv(nn.Module):
         self.d_model, self.length = check_count("d_model", d_model), check_count("length", length)
         self.norm, self.stats = norm, stats
         self.eps, self.momentum = check_positive("eps", eps), check_positive("momentum", momentum)
+        if self.momentum > 1:
+            raise InvalidInput(f"momentum must be at most 1, got {momentum!r}")
         directions = 2 if self.bidirectional else 1
         self.kernels = SubKernels(d_model, length, kind, kernel_size, directions, modes, taps, seed)
         branches = (len(self.kernels.resolutions), directions, d_model)
@@ -89,18 +91,21 @@ class MRConv(nn.Module):
         """
         if state is not None:
             self._check_frozen("stream")
+            if lengths is not None:
+                raise InvalidInput("a stream has no ends: lengths= does not go with a state")
             return state.take(u), state
         check_signal(u, self.d_model, self.length)
         mask = valid_steps(u, lengths)
         # FFTs of half precision would lose the tails of the kernels, and only know powers of two
         with torch.autocast(u.device.type, enabled=False):
             wide = u.to(torch.promote_types(u.dtype, torch.float32))
-            signal = Signal.of(wide, mask)
+            signal = Signal.of(wide, mask, centre=self._by_batch)
             if self.stats == "branches":
                 y = self._by_branches(signal)
             else:
-                kernels = [k.to(wide)[..., : u.shape[-1]] for k in self.kernels()]
-                y = self._convolve(signal, *self._merged(kernels, self._moments(signal, kernels)))
+                whole = [k.to(wide) for k in self.kernels()]
+                kernels = [k[..., : u.shape[-1]] for k in whole]
+                y = self._convolve(signal, *self._merged(kernels, self._moments(signal, kernels), whole))
         return (y if mask is None else torch.where(mask, y, 0.0)).to(u)
 
     def merge(self) -> LongConv:
@@ -153,7 +158,8 @@ class MRConv(nn.Module):
 
     def extra_repr(self) -> str:
         """What it was built with."""
-        words = [f"{self.d_model}, length={self.length}, kind={self.kind!r}", f"norm={self.norm!r}, stats={self.stats!r}"]
+        words = [f"{self.d_model}, length={self.length}, kind={self.kind!r}"]
+        words += [f"norm={self.norm!r}, stats={self.stats!r}"]
         return ", ".join([*words, *(["bidirectional=True"] if self.bidirectional else [])])
 
     def _check_tracked(self) -> None:
@@ -193,7 +199,9 @@ class MRConv(nn.Module):
     def _track(self, moments: Moments, count: int | Tensor) -> None:
         n = float(count)
         if n < 2:
-            raise InvalidInput("statistics of a batch need more than a single value for each channel: give more steps or rows")
+            raise InvalidInput(
+                "statistics of a batch need more than a single value for each channel: give more steps or rows"
+            )
         self.num_batches_tracked += 1
         self.running_mean.lerp_(moments.mean.to(self.running_mean), self.momentum)
         self.running_var.lerp_((moments.variance * (n / (n - 1))).to(self.running_var), self.momentum)
@@ -209,9 +217,14 @@ class MRConv(nn.Module):
         scale = alpha * self.weight.double() / (moments.variance.double() + self.eps).sqrt()
         return scale, (alpha * self.bias.double() - scale * moments.mean.double()).sum((0, 1))
 
-    def _merged(self, kernels: list[Tensor], moments: Moments | None) -> tuple[Tensor, Tensor]:
-        """The kernel [direction, channel, lag], of the dtype of `kernels`, and the bias in float64."""
-        scales, bias = self._scales(kernels, moments)
+    def _merged(
+        self, kernels: list[Tensor], moments: Moments | None, whole: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The kernel [direction, channel, lag], of the dtype of `kernels`, and the bias in float64.
+
+        `whole`: the same kernels uncropped, whose norms count.
+        """
+        scales, bias = self._scales(whole or kernels, moments)
         return self._summed(kernels, scales), bias
 
     def _summed(self, kernels: list[Tensor], scales: Tensor) -> Tensor:
@@ -227,11 +240,12 @@ class MRConv(nn.Module):
 
     def _convolve(self, signal: Signal, kernel: Tensor, bias: Tensor) -> Tensor:
         """The convolution of the centred signal, and that of its offset with the bias, which may cancel each other."""
-        y = convolved(signal.centred, signal.spectrum, kernel, signal.n)
-        constant = sum(
-            (constant_response(signal, own, direction == 0) for direction, own in enumerate(kernel)), bias.unsqueeze(-1)
-        )
-        return y + constant.to(y)
+        constant = bias.reshape(1, -1, 1)
+        if signal.offset is not None:
+            for direction, own in enumerate(kernel):
+                constant = constant + constant_response(signal, own, direction == 0)
+        constant = constant.to(signal.centred)
+        return convolved(signal.centred, signal.spectrum, kernel, signal.n, constant)
 
     # ---- the same by its branches
 
@@ -241,7 +255,7 @@ class MRConv(nn.Module):
         spectrum = torch.fft.rfft(signal.centred, signal.n)
         branches = torch.stack([self._branch(signal, spectrum, k) for k in kernels])
         if self.norm == "kernel":
-            scales, _ = self._scales(kernels, None)
+            scales, _ = self._scales([k.to(signal.u) for k in self.kernels()], None)
             y = (scales.to(branches).unsqueeze(2).unsqueeze(-1) * branches).sum((0, 1))
         else:
             y = self._normalised(signal, branches)
@@ -254,7 +268,9 @@ class MRConv(nn.Module):
         for direction, own in enumerate(torch.fft.rfft(kernel, signal.n)):
             made = torch.fft.irfft(spectrum * (own if direction == 0 else own.conj()), signal.n)
             made = made[..., : signal.u.shape[-1]]
-            both.append(made + constant_response(signal, kernel[direction], direction == 0).to(made))
+            if signal.offset is not None:
+                made = made + constant_response(signal, kernel[direction], direction == 0).to(made)
+            both.append(made)
         return torch.stack(both)
 
     def _normalised(self, signal: Signal, branches: Float[Tensor, "branch direction batch channel length"]) -> Tensor:
@@ -275,18 +291,22 @@ class MRConv(nn.Module):
 
     def _check_frozen(self, what: str) -> None:
         if self.training:
-            raise NoisewiseError(f"a layer in train mode cannot {what}: its statistics change with every batch; call .eval()")
+            raise NoisewiseError(
+                f"a layer in train mode cannot {what}: its statistics change with every batch; call .eval()"
+            )
 
     def _ways(self) -> tuple[Way, ...]:
         """Frequencies slide, few lags are met by their taps, dense kernels in blocks."""
         kernels = self.kernels
         scales = self._scales([k.double() for k in kernels()], self._running())[0][:, 0].double()
         if kernels.kind == "dense":
-            return (Blocks.of(self._merged([k.double() for k in kernels()], self._running())[0][0].to(self.alpha)),)
+            whole = self._merged([k.double() for k in kernels()], self._running())[0][0]
+            return (Blocks.of(whole.to(torch.promote_types(self.alpha.dtype, torch.float32))),)
         ways: list[Way] = []
         if "fourier" in kernels.parts:
             coefficients = [
-                scale.unsqueeze(-1) * kernels.coefficients(r)[0] for scale, r in zip(scales, kernels.resolutions, strict=True)
+                scale.unsqueeze(-1) * kernels.coefficients(r)[0]
+                for scale, r in zip(scales, kernels.resolutions, strict=True)
             ]
             periods, supports = zip(*((r.period, r.support) for r in kernels.resolutions), strict=True)
             ways.append(Sliding(torch.stack(coefficients).to(torch.complex128), periods, supports))

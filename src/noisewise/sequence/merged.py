@@ -10,6 +10,7 @@ from noisewise.errors import InvalidInput, NoisewiseError
 from noisewise.sequence.convolution import long_conv
 from noisewise.sequence.signals import check_signal, valid_steps
 from noisewise.sequence.streaming import Blocks, StreamState, Taps, Way
+from noisewise.typing import check_count
 
 __all__ = ["LongConv"]
 
@@ -60,6 +61,8 @@ class LongConv(nn.Module):
         `lengths`: valid steps of each row; what lies behind is neither read nor, in y, anything but 0.
         """
         if state is not None:
+            if lengths is not None:
+                raise InvalidInput("a stream has no ends: lengths= does not go with a state")
             return state.take(u), state
         check_signal(u, self.bias.shape[0], self.length)
         mask = valid_steps(u, lengths)
@@ -70,7 +73,7 @@ class LongConv(nn.Module):
 
     def ways(self) -> tuple[Way, ...]:
         """How it streams: by its taps where they are few, by blocks otherwise."""
-        kernel = self.kernel[0]
+        kernel = self.kernel[0].to(torch.promote_types(self.kernel.dtype, torch.float32), copy=True)
         taps = Taps.of(kernel)
         return (taps,) if taps.lags.shape[-1] <= _SPARSE * kernel.shape[-1] else (Blocks.of(kernel),)
 
@@ -101,8 +104,9 @@ def start_stream(kernel: Tensor, bias: Tensor, ways: Any, batch: int) -> StreamS
     """Checks, and a state with the ways that `ways()` gives."""
     if len(kernel) > 1:
         raise InvalidInput("a bidirectional layer reads inputs that a stream has not seen yet: use bidirectional=False")
-    if batch < 1:
-        raise InvalidInput(f"batch must be at least 1, got {batch!r}")
+    batch = check_count("batch", batch)
     wide = torch.promote_types(kernel.dtype, torch.float32)
     with torch.no_grad():
-        return StreamState.start(kernel[0].detach().to(wide), bias.detach().to(wide), ways(), batch)
+        return StreamState.start(
+            kernel[0].detach().to(wide, copy=True), bias.detach().to(wide, copy=True), ways(), batch
+        )

@@ -31,13 +31,14 @@ class Moments(NamedTuple):
 class Signal:
     """An input, the same centred for each channel, and the spectrum of that, which carries no derivatives.
 
-    `u` and `centred` are 0 where a row has ended; u = centred + offset at all valid steps. Offsets are numbers, not functions of u:
-    whatever they are, the sum is u, and so are its derivatives. `mask` is None where all rows are whole.
+    `u` and `centred` are 0 where a row has ended; u = centred + offset at all valid steps. Offsets are numbers, not functions of
+    u: whatever they are, the sum is u, and so are its derivatives; None where nothing was taken off. `mask` is None where all
+    rows are whole.
     """
 
     u: Float[Tensor, "batch channel length"]
     centred: Float[Tensor, "batch channel length"]
-    offset: Float[Tensor, " channel"]
+    offset: Float[Tensor, " channel"] | None
     spectrum: Tensor
     n: int
     lengths: Int[Tensor, " batch"] | None = None
@@ -45,21 +46,26 @@ class Signal:
 
     @classmethod
     def of(
-        cls, u: Float[Tensor, "batch channel length"], mask: Bool[Tensor, "batch 1 length"] | None = None
+        cls,
+        u: Float[Tensor, "batch channel length"],
+        mask: Bool[Tensor, "batch 1 length"] | None = None,
+        centre: bool = True,
     ) -> "Signal":
         """Centre `u` and transform it once. `mask`: True at valid steps, which come first in each row."""
         length, lengths = u.shape[-1], None
-        if mask is None:
-            offset = u.detach().mean((0, 2), dtype=torch.float64)
-            centred = u - offset.to(u).unsqueeze(-1)
-        else:
+        if mask is not None:
             lengths = mask.sum((1, 2))
             u = torch.where(mask, u, 0.0)
-            offset = u.detach().sum((0, 2), dtype=torch.float64) / lengths.sum()
-            centred = torch.where(mask, u - offset.to(u).unsqueeze(-1), 0.0)
         n = fast_length(2 * length - 1)
-        # the offset that was really taken off
-        return cls(u, centred, offset.to(u), torch.fft.rfft(centred.detach(), n), n, lengths, mask)
+        if not centre:
+            # rows must not meet: what is taken off all of them would carry one row's size, or its NaN, to the others
+            return cls(u, u, None, torch.fft.rfft(u.detach(), n), n, lengths, mask)
+        steps = len(u) * length if lengths is None else lengths.sum()
+        offset = (u.detach().sum((0, 2), dtype=torch.float64) / steps).to(u)
+        centred = u - offset.unsqueeze(-1)
+        if mask is not None:
+            centred = torch.where(mask, centred, 0.0)
+        return cls(u, centred, offset, torch.fft.rfft(centred.detach(), n), n, lengths, mask)
 
     @property
     def count(self) -> int | Tensor:
@@ -97,9 +103,7 @@ class Signal:
         return x.gather(-1, index.clamp(max=length - 1).unsqueeze(1).expand_as(x))
 
 
-def branch_moments(
-    signal: Signal, kernels: list[Float[Tensor, "direction channel _"]], exact: bool = True
-) -> Moments:
+def branch_moments(signal: Signal, kernels: list[Float[Tensor, "direction channel _"]], exact: bool = True) -> Moments:
     """Of c_i = u * k_i for all sub-kernels; the second direction looks ahead: c_i[t] = sum_j k_i[j] u[t + j].
 
     Not `exact`: the energy counts what rings on after the end, as if zeros followed and were counted in no mean; cheaper,
@@ -146,7 +150,7 @@ class _BranchMoments(torch.autograd.Function):
         u, sums, correlation, *rest = ctx.saved_tensors
         means, kernels, kept = rest[:n], rest[n : 2 * n], iter(rest[2 * n :])
         count = float(signal.count)
-        turned = _turned(signal, len(kernels[0]))
+        turned, whole = _turned(signal, len(kernels[0])), _whole_spectrum(signal)
         # derivatives by what all branches share, gathered over them
         by_sums, by_correlation = torch.zeros_like(sums), torch.zeros_like(correlation)
         by_turned = torch.zeros_like(turned)
@@ -157,7 +161,7 @@ class _BranchMoments(torch.autograd.Function):
             by_mean, by_variance = by_mean.double().unsqueeze(-1), by_variance.double().unsqueeze(-1)
             if ctx.exact and _is_long(kernel, u):
                 # the deviations sum to 0, so the mean inside them has no derivative
-                made, share = _through_branch(signal, kernel, next(kept), 2 * by_variance / count)
+                made, share = _through_branch(whole, kernel, next(kept), 2 * by_variance / count, signal.n)
                 by_spectrum = made if by_spectrum is None else by_spectrum + made
             else:
                 by_energy = by_variance / count
@@ -172,7 +176,7 @@ class _BranchMoments(torch.autograd.Function):
         to_u = None
         if ctx.needs_input_grad[2]:
             by_turned += by_sums.cumsum(-1).flip(-1).unsqueeze(1).to(by_turned)
-            to_u = _to_input(signal, by_turned, by_correlation, by_spectrum)
+            to_u = _to_input(signal, whole, by_turned, by_correlation, by_spectrum)
         return None, None, to_u, *to_kernels
 
 
@@ -195,14 +199,18 @@ def _partial_sums(turned: Float[Tensor, "direction batch channel length"]) -> Te
 
 def _whole_spectrum(signal: Signal) -> Tensor:
     """The transform of u, each frequency as exact as it is large: that of the centred rows, and of the offset by itself."""
+    if signal.offset is None:
+        return signal.spectrum
     valid = torch.fft.rfft(signal.valid(), signal.n) * signal.offset.double().unsqueeze(-1)
     return signal.spectrum + valid.to(signal.spectrum)
 
 
 def _autocorrelation(signal: Signal) -> Float[Tensor, "channel length"]:
     """sum over rows and times of u[t] u[t + lag], float64; constants join as they are, without cancelling anything."""
-    valid = torch.fft.rfft(signal.valid(), signal.n)
+    length, valid = signal.u.shape[-1], torch.fft.rfft(signal.valid(), signal.n)
     power = torch.view_as_real(signal.spectrum).square().sum((0, -1)).double()
+    if signal.offset is None:
+        return torch.fft.irfft(power.to(valid), signal.n)[..., :length]
     offset = signal.offset.double().unsqueeze(-1)
     if signal.mask is None:
         both = signal.spectrum.sum(0).to(valid) * valid[0].conj()
@@ -211,7 +219,7 @@ def _autocorrelation(signal: Signal) -> Float[Tensor, "channel length"]:
         both = (signal.spectrum * valid.conj().to(signal.spectrum)).sum(0).to(valid)
         alone = valid.abs().square().sum(0)
     total = power + 2 * offset * both.real + offset.square() * alone
-    return torch.fft.irfft(total.to(valid), signal.n)[..., : signal.centred.shape[-1]]
+    return torch.fft.irfft(total.to(valid), signal.n)[..., :length]
 
 
 def _ring(lags: Tensor, n: int) -> Float[Tensor, "channel n"]:
@@ -263,34 +271,38 @@ def _deviation(signal: Signal, kernel: Tensor, mean: Tensor) -> Float[Tensor, "d
     made = []
     for direction, own in enumerate(spectra):
         branch = torch.fft.irfft(signal.spectrum * (own if direction == 0 else own.conj()), signal.n)
-        constant = constant_response(signal, kernel[direction], direction == 0) - mean[direction].unsqueeze(-1)
+        constant = -mean[direction].unsqueeze(-1)
+        if signal.offset is not None:
+            constant = constant + constant_response(signal, kernel[direction], direction == 0)
         deviation = branch[..., : signal.centred.shape[-1]] + constant.to(branch)
         made.append(deviation if signal.mask is None else deviation * signal.mask)
     return torch.stack(made) if len(made) > 1 else made[0].unsqueeze(0)
 
 
-def _through_branch(signal: Signal, kernel: Tensor, deviation: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _through_branch(whole: Tensor, kernel: Tensor, deviation: Tensor, factor: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Derivatives of the branch's energy by the spectrum of u and by the kernel. `factor`: by the deviations."""
-    whole, spectra = _whole_spectrum(signal), torch.fft.rfft(kernel, signal.n)
+    spectra = torch.fft.rfft(kernel, n)
     by_spectrum: Tensor | None = None
     to_kernel = []
     for direction, own in enumerate(spectra):
-        g = torch.fft.rfft(deviation[direction] * factor[direction].to(deviation), signal.n)
+        g = torch.fft.rfft(deviation[direction] * factor[direction].to(deviation), n)
         made = g * (own.conj() if direction == 0 else own)
         by_spectrum = made if by_spectrum is None else by_spectrum + made
         crossed = (g * whole.conj()).sum(0)
-        to_kernel.append(torch.fft.irfft(crossed if direction == 0 else crossed.conj(), signal.n))
+        to_kernel.append(torch.fft.irfft(crossed if direction == 0 else crossed.conj(), n))
     assert by_spectrum is not None
     return by_spectrum, torch.stack(to_kernel)[..., : kernel.shape[-1]].double()
 
 
-def _to_input(signal: Signal, by_turned: Tensor, by_correlation: Tensor, by_spectrum: Tensor | None) -> Tensor:
+def _to_input(
+    signal: Signal, whole: Tensor, by_turned: Tensor, by_correlation: Tensor, by_spectrum: Tensor | None
+) -> Tensor:
     """The derivative by u, of the shape of u."""
     length = signal.u.shape[-1]
     # R[d] = sum_t u[t] u[t + d] lets each input meet both its neighbours at d
     lags = by_correlation.clone()
     lags[..., 0] *= 2
-    found = torch.fft.rfft(_ring(lags, signal.n), signal.n).real.to(signal.centred) * _whole_spectrum(signal)
+    found = torch.fft.rfft(_ring(lags, signal.n), signal.n).real.to(signal.centred) * whole
     if by_spectrum is not None:
         found = found + by_spectrum
     to_u = torch.fft.irfft(found, signal.n)[..., :length]
@@ -302,15 +314,17 @@ def _to_input(signal: Signal, by_turned: Tensor, by_correlation: Tensor, by_spec
 def constant_response(
     signal: Signal, kernel: Float[Tensor, "channel lag"], forward: bool
 ) -> Float[Tensor, "rows channel length"]:
-    """What a convolution makes of the offset; one row where all rows are whole. Float64, rounded at the end."""
+    """What a convolution makes of the offset, float64; one row where all rows are whole."""
+    assert signal.offset is not None
     length = signal.centred.shape[-1]
-    sums = functional.pad(kernel.double(), (0, length - kernel.shape[-1])).cumsum(-1)
-    response = signal.offset.double().unsqueeze(-1) * sums
+    response = signal.offset.double().unsqueeze(-1) * kernel.cumsum(-1, dtype=torch.float64)
+    if response.shape[-1] < length:
+        response = torch.cat([response, response[:, -1:].expand(-1, length - response.shape[-1])], -1)
     if forward:
-        return response.to(signal.centred).unsqueeze(0)
+        return response.unsqueeze(0)
     if signal.lengths is None:
-        return response.flip(-1).to(signal.centred).unsqueeze(0)
+        return response.flip(-1).unsqueeze(0)
     # seen from step t of a row, so many constant inputs lie ahead
     ahead = (signal.lengths.unsqueeze(-1) - 1 - torch.arange(length, device=kernel.device)).clamp(min=0)
-    taken = response.unsqueeze(0).expand(len(ahead), -1, -1).gather(-1, ahead.unsqueeze(1).expand(-1, len(response), -1))
-    return taken.to(signal.centred)
+    rows = response.unsqueeze(0).expand(len(ahead), -1, -1)
+    return rows.gather(-1, ahead.unsqueeze(1).expand(-1, len(response), -1))

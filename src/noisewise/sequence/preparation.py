@@ -37,7 +37,7 @@ class Preparation:
 
     `scale`: "data" by the `mean` and `std` of each channel of the training rows, "row" by those of the row itself, "none". Values
     (`task` "regression") are brought to mean 0 and standard deviation 1 by those of `target`. `vocabulary`: number of symbols,
-    None for signals. `read`: options of `read_sequences`.
+    None for signals. `ragged`: whether rows ended before the model did. `read`: options of `read_sequences`.
     """
 
     task: str
@@ -49,6 +49,7 @@ class Preparation:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     target: tuple[float, float] = (0.0, 1.0)
+    ragged: bool = False
     read: dict[str, Any] | None = None
 
     @classmethod
@@ -56,16 +57,19 @@ class Preparation:
         """That of training rows, read to the length of the model. Raises `InvalidInput` for symbols that shall be scaled."""
         if scale not in SCALES:
             raise InvalidInput(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        ragged = bool((train.lengths < train.X.shape[-1]).any())
         target = (0.0, 1.0)
         if task == "regression":
             target = (float(train.y.mean(dtype="float64")), float(train.y.std(dtype="float64")) or 1.0)
         if train.tokens:
             symbols = int(train.X.max()) + 1
-            return cls(task, train.X.shape[-1], 1, "none", train.classes, symbols, target=target, read=read)
+            return cls(
+                task, train.X.shape[-1], 1, "none", train.classes, symbols, target=target, ragged=ragged, read=read
+            )
         mean, std = _moments(torch.from_numpy(train.X), torch.from_numpy(train.lengths), (0, 2))
         return cls(
             task, train.X.shape[-1], train.X.shape[1], scale, train.classes, None,
-            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), target, read,
+            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), target, ragged, read,
         )  # fmt: skip
 
     def read_again(self, path: str | Path, **changed: Any) -> Sequences:

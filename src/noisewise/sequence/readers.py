@@ -10,7 +10,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from noisewise.errors import InvalidInput, require
 from noisewise.typing import check_count, check_positive
@@ -29,16 +29,16 @@ class Sequences:
 
     `X`: signals, float32, or whole numbers (tokens), with 0 behind the end of each row. `y`: places in `classes`, or float32
     values where `classes` is empty. `lengths`: valid steps of each row. `groups`: a name for each row, such as its speaker.
-    `rate`: samples a second, where it is known. `cut`: rows of which only the beginning is kept.
+    `rate`: samples a second, where it is known. `cut`: True for rows of which only the beginning is kept.
     """
 
     X: Float[np.ndarray, "n channels length"] | Int[np.ndarray, "n length"]
     y: Int[np.ndarray, " n"] | Float[np.ndarray, " n"]
     lengths: Int[np.ndarray, " n"]
+    cut: Bool[np.ndarray, " n"]
     classes: tuple[str, ...] = ()
     groups: Shaped[np.ndarray, " n"] | None = None
     rate: float | None = None
-    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.X)
@@ -51,7 +51,8 @@ class Sequences:
     def rows(self, chosen: Shaped[np.ndarray, " rows"]) -> "Sequences":
         """The rows of a mask or of an index."""
         groups = None if self.groups is None else self.groups[chosen]
-        return replace(self, X=self.X[chosen], y=self.y[chosen], lengths=self.lengths[chosen], groups=groups)
+        kept = {name: getattr(self, name)[chosen] for name in ("X", "y", "lengths", "cut")}
+        return replace(self, **kept, groups=groups)
 
 
 @dataclass
@@ -294,7 +295,7 @@ def _assembled(
     y, names = _labelled(raw, path, task, classes)
     groups = None if raw.groups is None else np.array([_name(one) for one in raw.groups.tolist()])
     known = rate if rate is not None else raw.rates[0] if raw.rates else None
-    return Sequences(X, y, np.minimum(ends, longest), names, groups, known, int((ends > longest).sum()))
+    return Sequences(X, y, np.minimum(ends, longest), ends > longest, names, groups, known)
 
 
 def _signals(raw: _Raw, path: str, rate: float | None, mono: bool) -> list[np.ndarray]:

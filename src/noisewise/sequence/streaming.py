@@ -74,7 +74,7 @@ class StreamState:
     @torch.no_grad()
     def take(self, u: Float[Tensor, "batch channel length"]) -> Float[Tensor, "batch channel length"]:
         """Take a chunk of any length, by one FFT over it and what the kernel still sees before it."""
-        self._check(u, u.shape[:2])
+        self._check(u, u.shape[:-1])
         if not u.shape[-1]:
             return u.clone()
         seen = torch.cat([self.history(), u.to(self.ring)], -1)
@@ -146,9 +146,9 @@ class Sliding:
             lag = torch.arange(support, dtype=torch.float64, device=history.device)
             wave = torch.polar(torch.ones(1, dtype=torch.float64, device=lag.device), angle * lag.unsqueeze(-1))
             sums.append(newest_first[..., :support].to(wave) @ wave)
-        support = torch.tensor(self.supports, dtype=torch.float64, device=history.device).unsqueeze(-1)
+        supports = torch.tensor(self.supports, dtype=torch.float64, device=history.device).unsqueeze(-1)
         one = torch.ones_like(angles)
-        leaving = torch.polar(one, angles * support).unsqueeze(1)
+        leaving = torch.polar(one, angles * supports).unsqueeze(1)
         return {"S": torch.stack(sums, 1), "turn": torch.polar(one, angles).unsqueeze(1), "leaving": leaving}
 
     def step(self, u_t: Tensor, state: StreamState, memory: dict[str, Tensor]) -> Tensor:
