@@ -98,6 +98,7 @@ METHODS = (
         "sequence",
         "long signals; a fast layer with long memory that streams",
         "Cunningham et al., NeurIPS 2024, arXiv 2408.09453",
+        "noisewise.sequence.experiments.mrconv",
     ),
     Method(
         "mafin",
