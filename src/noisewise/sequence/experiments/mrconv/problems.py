@@ -86,8 +86,8 @@ def spoken_problems(scale: str, file: Path) -> list[Problem]:
     whole, single = Shape(_WHOLE_CLIP, patch=_PATCH), Shape(_CLIP // 2, d_model=16)
     common = (
         f"{shape.n_layers} blocks of {shape.d_model} channels on {shape.steps} patches of {_PATCH} samples at 8 kHz, alike "
-        f"but for the layer; {epochs} epochs for every system, three learning rates tried for each, the same three but for "
-        "the transformer; the last averaged weights are tested, MRConv's merged."
+        f"but for the layer; {epochs} epochs for every system, four learning rates tried for each; the last "
+        "averaged weights are tested, MRConv's merged."
     )
     return [
         _accuracy("B", "spoken digits", epochs, models(names, shape, split_at(_CLIP)),

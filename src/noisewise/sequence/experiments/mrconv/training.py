@@ -42,10 +42,14 @@ __all__ = [
 ]
 
 _BATCH, _EVALUATED = 32, 100
-# the same for everything that has no attention; where there is a kernel, it learns at the rate of the rest: the S4 family's
-# 0.001 for kernels is made for long training, and so few epochs want more
-_RATES = tuple({"lr": lr} for lr in (1e-2, 3e-2, 1e-1))
-_TRANSFORMER_RATES = tuple({"lr": lr} for lr in (3e-3, 1e-2, 1e-3))
+# Where there is a kernel, it learns at the rate of the rest: the S4 family's 0.001 for kernels is made for long training, and so
+# few epochs want more. The middle ones come first, for scales that tune nothing.
+_RATES = tuple({"lr": lr} for lr in (3e-2, 1e-1, 1e-2, 3e-1))
+_RATES_OF = {
+    "dilated CNN": tuple({"lr": lr} for lr in (1e-2, 3e-2, 3e-3, 1e-1)),
+    "GRU": tuple({"lr": lr} for lr in (1e-2, 3e-2, 3e-3, 1e-1)),
+    "transformer": tuple({"lr": lr} for lr in (3e-3, 1e-2, 1e-3, 3e-2)),
+}
 
 
 class Split(NamedTuple):
@@ -132,7 +136,7 @@ def models(
 ) -> tuple[System, ...]:  # fmt: skip
     """A system for each name, whose budget is epochs.
 
-    `split(seed)`: the rows. `rate`: also tested at that rate. `settings`: to tune over, by default three for each. `options`: of
+    `split(seed)`: the rows. `rate`: also tested at that rate. `settings`: to tune over, by default four for each. `options`: of
     `fit_sequence`.
     """
 
@@ -142,7 +146,7 @@ def models(
             cost = _fitted(model, rows, budget, seed, lr, lr if kernel_lr is None else kernel_lr, options)
             return _tested(name, model, rows, cost, rate)
 
-        return System(name, draw, settings or (_TRANSFORMER_RATES if name == "transformer" else _RATES))
+        return System(name, draw, settings or _RATES_OF.get(name, _RATES))
 
     return tuple(system(name) for name in names)
 
