@@ -31,7 +31,7 @@ _DATA = {"scarce": (2, 0.5), "plenty": (12, 0.3)}
 _STEPS = {"quick": 40, "cpu": 200, "paper": 2000}
 # cycles a sample of the inputs for half the rate, which could hold twice as much
 _BAND, _ONSET = 1 / 8, 64
-_MIDDLE = (0.03, 0.1, 0.01, 0.3)
+_MIDDLE, _FAST = (0.03, 0.1, 0.01, 0.3), (0.1, 0.03, 0.3, 0.01)
 
 
 class Task(NamedTuple):
