@@ -19,7 +19,7 @@ from noisewise.errors import InvalidInput, require
 from noisewise.training import Fit, FitResult, Loss, Plan, check_share, fingerprint, run_fit
 from noisewise.typing import Cost, check_count, check_positive
 
-__all__ = ["fit_covariance", "frozen"]
+__all__ = ["fit_covariance", "frozen", "interpolated", "noised"]
 
 _KIND = "covariance fit"
 # levels at which the tables of a head are measured, the least rows and entries at each, and how many rows at once
@@ -232,9 +232,9 @@ def _fill_tables(
         ratio.append(error)
         gamma.append(square)
     # r is smooth in t, where the variance itself rises twentyfold between two levels of the grid
-    smooth = _interpolated(grid, torch.tensor(ratio, dtype=torch.float64).log(), steps).exp()
+    smooth = interpolated(grid, torch.tensor(ratio, dtype=torch.float64).log(), steps).exp()
     residual = smooth * (s[:steps] / a[:steps]).square()
-    predicted = _interpolated(grid, torch.tensor(gamma, dtype=torch.float64), steps)
+    predicted = interpolated(grid, torch.tensor(gamma, dtype=torch.float64), steps)
     # at pure noise, if the schedule ends there, x0 is as uncertain as just before
     head.residual.copy_(torch.cat([residual, residual[-1:].expand(len(a) - steps)]))
     head.gamma.copy_(torch.cat([predicted, predicted[-1:].expand(len(a) - steps)]))
@@ -262,12 +262,13 @@ def _pass(
     return float(torch.cat(errors).mean()), float(torch.cat(squares).mean())
 
 
-def _interpolated(grid: list[int], values: Tensor, steps: int) -> Tensor:
-    """Linear between the grid's levels, at all of them."""
+def interpolated(grid: list[int], values: Tensor, steps: int) -> Tensor:
+    """`values` [level, ...] of a rising grid of levels, linear in between, at the first `steps` levels."""
     place = torch.arange(steps, dtype=torch.float64)
     known = torch.tensor(grid, dtype=torch.float64)
     right = torch.searchsorted(known, place).clamp(1, len(grid) - 1)
-    share = (place - known[right - 1]) / (known[right] - known[right - 1])
+    share = ((place - known[right - 1]) / (known[right] - known[right - 1])).to(values)
+    share = share.reshape(-1, *(1,) * (values.ndim - 1))
     return values[right - 1] * (1 - share) + values[right] * share
 
 
@@ -285,7 +286,7 @@ def _control(model: DiffusionModel, rows: Any, generator: torch.Generator) -> Da
         prediction, _, _ = noised(model, rows[index], generator, True, t=t)
         found.append(control.fit_coefficient(prediction, 4, generator))
         prediction.free()
-    control.coefficients = _interpolated(grid, torch.tensor(found, dtype=torch.float64), steps)
+    control.coefficients = interpolated(grid, torch.tensor(found, dtype=torch.float64), steps)
     return control
 
 
