@@ -390,6 +390,31 @@ def test_a_distance_sees_other_images_and_not_the_same_ones():
     assert distance(-train[:100]) > 5 * distance.floor
 
 
+@ROUGH
+def test_images_that_the_head_has_seen_are_counted(pipe, fitted, data, capsys):
+    def bound(source, head):
+        return answer(capsys, "nll", pipe, source, "--head", head, "--steps", "4", "--limit", 120)["images"]
+
+    # 12 of the 120 were held out of the fit
+    for folder in (fitted, fitted / "head"):
+        with pytest.warns(
+            NoisewiseWarning, match="108 of these 120 images are among those that the head was fitted on"
+        ):
+            bound(data / "train.npy", folder)
+    assert bound(data / "held.npy", fitted) == 120
+    with pytest.warns(NoisewiseWarning, match="of these 20 images are among"):
+        run("compare", pipe, data / "train.npy", "--head", fitted, "--steps", "3", "--seeds", 1, "--limit", 20)
+
+
+def test_images_of_another_size_are_counted(pipe, fitted, tmp_path, capsys):
+    write_images(tmp_path / "a", torch.zeros(3, 1, 8, 8))
+    write_images(tmp_path / "b", torch.zeros(2, 1, 8, 9))
+    for limit, said in ((5, "2 of 5 images are not 8 x 8: the middle of each was cut out and resized\n"), (3, "")):
+        capsys.readouterr()
+        run("nll", pipe, tmp_path, "--head", fitted, "--steps", "4", "--limit", limit)
+        assert said == "".join(line for line in capsys.readouterr().err.splitlines(True) if "not 8 x 8" in line)
+
+
 # --- errors
 
 

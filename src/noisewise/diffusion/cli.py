@@ -202,12 +202,13 @@ def nll_command(
     levels, seed = check_count("--levels", levels, 2), check_count("--seed", seed, 0)
     most = None if limit is None else check_count("--limit", limit)
     from noisewise.diffusion.head_fits import bounds_of
-    from noisewise.diffusion.loaded import load_head, load_pipeline
+    from noisewise.diffusion.loaded import load_head, load_pipeline, warn_seen
 
     loaded = load_pipeline(model, device)
     found = load_head(head, loaded)
     _check_steps(counts, loaded)
     images = loaded.images(data, most)
+    warn_seen(head, images)
     with _interruptible("nothing was kept"):
         table = {}
         for count in _shown("bounds, steps", counts):
@@ -246,12 +247,13 @@ def compare_command(
     if out is not None:
         refuse_file(out)
     from noisewise.diffusion.comparing import compare
-    from noisewise.diffusion.loaded import head_mark, load_head, load_pipeline
+    from noisewise.diffusion.loaded import head_mark, load_head, load_pipeline, warn_seen
 
     loaded = load_pipeline(model, device)
     found = load_head(head, loaded)
     _check_steps(counts, loaded)
     images = loaded.images(data, most)
+    warn_seen(head, images)
     if len(images) < 4:
         raise InvalidInput(f"{data!r} holds {len(images)} images: a distance and its floor need at least 4")
     n = min(n, len(images) // 2)

@@ -7,12 +7,13 @@ import torch
 
 from noisewise.diffusion.fitting import fit_covariance, frozen
 from noisewise.diffusion.head import CovarianceHead
-from noisewise.diffusion.keeping import HEAD, LEAST, REPORT, RUN
+from noisewise.diffusion.keeping import HEAD, LEAST, REPORT, RUN, SEEN
 from noisewise.diffusion.likelihood import vlb_bits_per_dim
-from noisewise.diffusion.loaded import Loaded, load_head
+from noisewise.diffusion.loaded import Loaded, load_head, marks_of
 from noisewise.diffusion.model import DiffusionModel
 from noisewise.diffusion.pictures import calibration_plot, mean_variance_plot, uncertainty_plot
 from noisewise.diffusion.uncertainty import Calibration, calibration
+from noisewise.files import write_atomically
 from noisewise.metrics.measurement import Measurement, format_value
 from noisewise.report import Report
 
@@ -48,6 +49,7 @@ def fit_head(
         seed=options["seed"],
     )  # fmt: skip
     head.save_pretrained(out / HEAD)
+    write_atomically(out / SEEN, "\n".join(marks_of(kept)))
     looks = [entry for entry in result.history if entry["step"] == result.best_step]
     asked = 0 if options["objective"] == "analytic" else options["steps"]
     return {

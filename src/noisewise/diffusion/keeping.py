@@ -7,9 +7,23 @@ from typing import Any
 from noisewise.errors import RunFolderError
 from noisewise.files import write_atomically
 
-__all__ = ["HEAD", "LEAST", "REPORT", "RESULTS", "RUN", "SUMMARY", "claim", "finished", "read_json", "refuse_file"]
+__all__ = [
+    "HEAD",
+    "LEAST",
+    "REPORT",
+    "RESULTS",
+    "RUN",
+    "SEEN",
+    "SUMMARY",
+    "claim",
+    "finished",
+    "read_json",
+    "refuse_file",
+]
 
 RUN, HEAD, SUMMARY, REPORT, RESULTS = "run", "head", "summary.json", "report.html", "results.json"
+# short names of the images that a head was fitted on
+SEEN = "fitted-on.txt"
 _COMMAND = "command.json"
 # images that a fit needs
 LEAST = 40

@@ -1,6 +1,7 @@
 """The pipeline and the head that a command of `noisewise diffusion` is given, loaded and checked."""
 
 import hashlib
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 
 from noisewise.diffusion.head import CovarianceHead
-from noisewise.diffusion.images import read_images
-from noisewise.diffusion.keeping import HEAD, RUN, SUMMARY, read_json
+from noisewise.diffusion.images import read_counted
+from noisewise.diffusion.keeping import HEAD, RUN, SEEN, SUMMARY, read_json
 from noisewise.diffusion.levels import NoiseLevels
 from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError, require
 from noisewise.training import fingerprint
 
-__all__ = ["Loaded", "head_mark", "load_head", "load_pipeline"]
+__all__ = ["Loaded", "head_mark", "load_head", "load_pipeline", "marks_of", "warn_seen"]
 
 # configurations of networks that take more than x_t and t
 _CONDITIONED = ("cross_attention_dim", "num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
@@ -33,8 +34,15 @@ class Loaded:
     device: str
 
     def images(self, data: str, limit: int | None) -> torch.Tensor:
-        """[n, *event] in [-1, 1], on the device."""
-        return read_images(data, self.event[0], self.event[1:], limit).to(self.device)
+        """[n, *event] in [-1, 1], on the device; says how many were fitted to the network's size."""
+        x, other = read_counted(data, self.event[0], self.event[1:], limit)
+        if other:
+            height, width = self.event[1:]
+            print(
+                f"{other} of {len(x)} images are not {height} x {width}: the middle of each was cut out and resized",
+                file=sys.stderr,
+            )
+        return x.to(self.device)
 
     def mark(self) -> float:
         """A number that other weights do not have."""
@@ -132,3 +140,24 @@ def load_head(folder: Path, loaded: Loaded) -> CovarianceHead:
 def head_mark(head: CovarianceHead) -> float:
     """A number that another head does not have."""
     return fingerprint([*head.parameters(), head.residual, head.gamma])
+
+
+def marks_of(images: torch.Tensor) -> list[str]:
+    """A short name of each image, which another one does not have."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images.cpu().numpy()]
+
+
+def warn_seen(folder: Path, images: torch.Tensor) -> None:
+    """Warn of images that the head in `folder` or `folder`/head was fitted on, where its fit is beside it."""
+    record = (folder if (folder / HEAD).is_dir() else folder.parent) / SEEN
+    if not record.is_file():
+        return
+    seen = set(record.read_text(encoding="utf-8").split())
+    known = sum(mark in seen for mark in marks_of(images))
+    if known:
+        warnings.warn(
+            f"{known} of these {len(images)} images are among those that the head was fitted on: it may look better on them than "
+            "on new ones; give images that it has not seen",
+            NoisewiseWarning,
+            stacklevel=3,
+        )
