@@ -120,7 +120,7 @@ def fit_covariance(
         prepared = Cost(energies=known.calls - before, seconds=time.monotonic() - begin)
         if objective == "analytic":
             head.eval()
-            return FitResult(head, [], 0, 0, prepared)
+            return FitResult(head, [], 0, 0, prepared, objective=objective)
         accelerator = accelerator or _accelerator(mixed_precision, head.device)
         loss: Loss = _HeadLoss(known, head, objective, probes, control)
         measure: Loss | None = None
@@ -138,7 +138,7 @@ def fit_covariance(
         )  # fmt: skip
         result = run_fit(fit, _KIND, config, resume, limit, progress)
     head.eval()
-    return replace(result, cost=result.cost + prepared)
+    return replace(result, cost=result.cost + prepared, objective=objective)
 
 
 @dataclass
@@ -275,13 +275,16 @@ def _pass(
 def _warn_foreign(model: DiffusionModel, rows: Any, grid: list[int], ratio: list[float], least: list[float]) -> None:
     """Say so where the network is further off on these data than one that predicts no noise."""
     # an error of x0 that does not matter is large in units of the least noise, for networks that predict x0 itself
-    known = [t for t in grid if model.levels.prediction != "sample" or model.levels.s[t] >= model.levels.a[t]]
-    sure = dict(zip(grid, least, strict=True))
-    worst = max(known, key=lambda t: sure[t], default=None)
-    if worst is None or not sure[worst] > _FOREIGN:
+    a, s = model.levels.a, model.levels.s
+    known = [
+        found
+        for found in zip(least, ratio, grid, strict=True)
+        if model.levels.prediction != "sample" or s[found[2]] >= a[found[2]]
+    ]
+    sure, error, worst = max(known, default=(0.0, 0.0, 0))
+    if not sure > _FOREIGN:
         return
     x = rows[torch.arange(min(len(rows), _CHUNK))].x
-    error = dict(zip(grid, ratio, strict=True))[worst]
     warnings.warn(
         f"the network's noise is off by {error:.3g} in mean square at t = {worst}, where predicting none would be off by 1: "
         f"these are not the data that it was trained on. They go from {float(x.min()):.3g} to {float(x.max()):.3g}; networks of "
