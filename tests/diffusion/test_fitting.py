@@ -226,6 +226,18 @@ def test_patience_waits_for_the_residuals():
     assert result.steps >= 70
 
 
+def test_a_result_prints_in_one_line_and_keeps_its_history():
+    net = gaussian()
+    result = fit(net, head_of(net), data(), steps=50)
+    best = next(entry["validation"] for entry in result.history if entry["step"] == result.best_step)
+    assert len(result.history) == 25
+    assert repr(result) == (
+        f"FitResult(CovarianceHead by 'ocm', 50 steps, the best {result.best_step}, held-out loss {best:.4g}, "
+        f"{result.cost.seconds:.1f} s)"
+    )
+    assert "no held-out loss" in repr(fit(net, head_of(net), data(), "analytic"))
+
+
 def test_patience_ends_a_fit():
     net = gaussian()
     result = fit(net, head_of(net), data(), steps=400, patience=1, learning_rate=1e-9)
