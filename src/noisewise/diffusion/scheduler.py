@@ -207,7 +207,8 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         `covariance`: relative variance r in the shape of `sample`, or a `Covariance` operator of R = (a^2/s^2) Cov[x0 | x_t] on
         flattened events; by default what `attach` gave. `form`: `eta`, by default the configuration's.
-        `use_clipped_model_output`: recompute the noise from the clipped x0. Everything inside is float32 at least; the result has the sample's dtype.
+        `use_clipped_model_output`: recompute the noise from the clipped x0. Everything inside is float32 at least; the result
+        has the sample's dtype.
         Raises `InvalidInput` for shapes that do not fit, 2C channels that no configuration explains, a variance that is NaN,
         and a time step that was not set.
         """
