@@ -16,6 +16,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _only_new_objects():
+    # the millions that the libraries made need not be walked through at each count
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive():
     """Live tensors, and how many of them hold on to a graph."""
     gc.collect()
