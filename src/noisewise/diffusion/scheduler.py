@@ -197,25 +197,20 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timestep: Any,
         sample: Tensor,
         *,
+        eta: float | int | None = None,
         generator: Any = None,
         covariance: Any = None,
         use_clipped_model_output: bool | None = False,
         return_dict: bool = True,
-        **form: Any,
     ) -> Any:
         """One reverse step; the last one gives E[x0 | x_t] without noise, and warns where most of x0 or its variance was cut.
 
         `covariance`: relative variance r in the shape of `sample`, or a `Covariance` operator of R = (a^2/s^2) Cov[x0 | x_t] on
-        flattened events; by default what `attach` gave. `form`: `eta`, by default the configuration's.
-        `use_clipped_model_output`: recompute the noise from the clipped x0. Everything inside is float32 at least; the result
-        has the sample's dtype.
+        flattened events; by default what `attach` gave. `eta`: None is the configuration's. `use_clipped_model_output`: recompute
+        the noise from the clipped x0. Everything inside is float32 at least; the result has the sample's dtype.
         Raises `InvalidInput` for shapes that do not fit, 2C channels that no configuration explains, a variance that is NaN,
         and a time step that was not set.
         """
-        # not in the signature: pipelines that find it there pass their own 0, whatever the configuration says
-        eta = form.pop("eta", None)
-        if form:
-            raise InvalidInput(f"a step takes no {', '.join(form)}")
         t = self._whole(timestep)
         output = first_channels(model_output, sample, self.levels.learned_variance)
         work = torch.promote_types(sample.dtype, torch.float32)
