@@ -93,7 +93,8 @@ class Comparison:
     `method`: its key on the command line. `title`, `subtitle`: of the report. `problems(scale, device)`.
     `illustrate(report, results, pictures)`: adds sections of figures to a report, where rows kept any `pictures`.
     `protocols`: names of all problems' protocols; `optional`: those that run only when asked for; `absent`: those that a
-    scale lacks. `seeds`: by scale.
+    scale lacks. `seeds`: by scale. `check(scale, protocols)`: raises where the data or the libraries of a protocol that was
+    asked for are not at hand, before any row.
     """
 
     method: str
@@ -107,6 +108,7 @@ class Comparison:
     seeds: Mapping[str, tuple[int, ...]] = field(
         default_factory=lambda: {"quick": (0,), "cpu": (0, 1, 2), "paper": tuple(range(10))}
     )
+    check: Callable[[str, tuple[str, ...]], None] = lambda scale, protocols: None
 
     def run(
         self,
@@ -122,7 +124,7 @@ class Comparison:
         default the method's own. `out`: folder of rows/, tuning/, results.json and report.html, by default
         runs/compare-METHOD-SCALE; several processes may share it on different protocols. `protocols`: names, all but the
         optional ones by default. Torch runs on one thread meanwhile. Raises `InvalidInput` for an unknown scale or protocol
-        and for seeds 100 to 109, which belong to tuning; `RunFolderError` for a damaged row.
+        and for seeds 100 to 109, which belong to tuning, and what `check` raises; `RunFolderError` for a damaged row.
         """
         if scale not in self.seeds:
             raise InvalidInput(f"scale must be one of {', '.join(self.seeds)}, got {scale!r}")
@@ -133,6 +135,7 @@ class Comparison:
                 f"protocols are {', '.join(self.protocols)}, got {', '.join(map(str, wanted)) or 'none'}"
             )
         chosen = self.seeds[scale] if seeds is None else _checked_seeds(seeds)
+        self.check(scale, wanted)
         folder = Path(out or Path("runs") / f"compare-{self.method}-{scale}")
         device = "cuda" if scale == "paper" and torch.cuda.is_available() else "cpu"
         every = self.problems(scale, device)
