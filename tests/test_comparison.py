@@ -58,8 +58,8 @@ def test_rows_finished_before_an_interruption_are_kept(tmp_path):
 def test_what_a_protocol_needs_is_asked_for_before_any_row(tmp_path):
     calls, asked = [], []
 
-    def check(scale, protocols):
-        asked.append((scale, protocols))
+    def check(scale, device, protocols):
+        asked.append((scale, device, protocols))
         if "B" in protocols:
             raise InvalidInput("the data of B are not here")
 
@@ -69,7 +69,7 @@ def test_what_a_protocol_needs_is_asked_for_before_any_row(tmp_path):
     assert not calls
     assert not list(tmp_path.iterdir())
     checked.run("quick", out=tmp_path, protocols=["A"], progress=False)
-    assert asked == [("quick", ("A", "B")), ("quick", ("A",))]
+    assert asked == [("quick", "cpu", ("A", "B")), ("quick", "cpu", ("A",))]
 
 
 def test_tuning_takes_the_best_setting_on_its_own_seed_and_says_what_it_tried(tmp_path):

@@ -93,8 +93,8 @@ class Comparison:
     `method`: its key on the command line. `title`, `subtitle`: of the report. `problems(scale, device)`.
     `illustrate(report, results, pictures)`: adds sections of figures to a report, where rows kept any `pictures`.
     `protocols`: names of all problems' protocols; `optional`: those that run only when asked for; `absent`: those that a
-    scale lacks. `seeds`: by scale. `check(scale, protocols)`: raises where the data or the libraries of a protocol that was
-    asked for are not at hand, before any row.
+    scale lacks. `seeds`: by scale. `check(scale, device, protocols)`: raises where the data or the libraries of a protocol that
+    was asked for are not at hand, before any row.
     """
 
     method: str
@@ -108,7 +108,7 @@ class Comparison:
     seeds: Mapping[str, tuple[int, ...]] = field(
         default_factory=lambda: {"quick": (0,), "cpu": (0, 1, 2), "paper": tuple(range(10))}
     )
-    check: Callable[[str, tuple[str, ...]], None] = lambda scale, protocols: None
+    check: Callable[[str, str, tuple[str, ...]], None] = lambda scale, device, protocols: None
 
     def run(
         self,
@@ -135,9 +135,9 @@ class Comparison:
                 f"protocols are {', '.join(self.protocols)}, got {', '.join(map(str, wanted)) or 'none'}"
             )
         chosen = self.seeds[scale] if seeds is None else _checked_seeds(seeds)
-        self.check(scale, wanted)
-        folder = Path(out or Path("runs") / f"compare-{self.method}-{scale}")
         device = "cuda" if scale == "paper" and torch.cuda.is_available() else "cpu"
+        self.check(scale, device, wanted)
+        folder = Path(out or Path("runs") / f"compare-{self.method}-{scale}")
         every = self.problems(scale, device)
         absent: list[str] = []
         with _one_thread():

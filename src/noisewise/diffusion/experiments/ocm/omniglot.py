@@ -1,4 +1,4 @@
-"""Protocol C, where its data lie at hand: Omniglot's characters as 28 x 28 grey images, split by who drew them."""
+"""The data of protocol C, where they lie at hand: Omniglot's characters as 28 x 28 images, split by who drew them."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noisewise.errors import InvalidInput, RunFolderError, require
 
-__all__ = ["HELD_OUT_DRAWERS", "Omniglot", "omniglot", "omniglot_folder", "omniglot_images"]
+__all__ = ["HELD_OUT_DRAWERS", "Omniglot", "find_omniglot", "omniglot", "omniglot_folder", "omniglot_images"]
 
 HELD_OUT_DRAWERS = (18, 19, 20)
 _SIDE = 28
@@ -24,6 +24,18 @@ def omniglot_folder() -> Path | None:
     root = os.environ.get("NOISEWISE_DATA")
     folder = Path(root) / "omniglot-small" if root else None
     return folder if folder is not None and all((folder / name).is_file() for name in _ARCHIVES) else None
+
+
+def find_omniglot() -> Path:
+    """`omniglot_folder`, or `InvalidInput` that says how to get it."""
+    folder = omniglot_folder()
+    if folder is None:
+        raise InvalidInput(
+            f"protocol C needs Omniglot: put {' and '.join(_ARCHIVES)} from the folder python of the repository "
+            "brendenlake/omniglot into a folder omniglot-small, and set the environment variable NOISEWISE_DATA to the folder "
+            f"that omniglot-small is in (it is {os.environ.get('NOISEWISE_DATA') or 'not set'})"
+        )
+    return folder
 
 
 class Omniglot(NamedTuple):
