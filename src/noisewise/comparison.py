@@ -239,7 +239,7 @@ def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> 
     """
     if len(system.settings) == 1:
         return system.settings[0]
-    path = folder / f"{_slug(scale, problem.name, system.name)}.json"
+    path = folder / f"{_file_name(scale, problem, system)}.json"
     if path.exists():
         return _read(path)["chosen"]
     scores = [_tuning_score(problem, system, setting) for setting in system.settings]
@@ -318,7 +318,15 @@ def _pictures(folder: Path, scale: str) -> dict[tuple[str, str], dict[str, Any]]
 
 
 def _row_path(folder: Path, scale: str, problem: Problem, system: System, seed: int) -> Path:
-    return folder / "rows" / f"{_slug(scale, problem.name, system.name)}-seed{seed}.json"
+    return folder / "rows" / f"{_file_name(scale, problem, system)}-seed{seed}.json"
+
+
+def _file_name(scale: str, problem: Problem, system: System) -> str:
+    """Of names that differ in signs alone, as beta~ and beta do, the later ones get a number."""
+    name = _slug(scale, problem.name, system.name)
+    alike = [other.name for other in problem.systems if _slug(other.name) == _slug(system.name)]
+    place = alike.index(system.name) if system.name in alike else 0
+    return f"{name}-{place + 1}" if place else name
 
 
 def _slug(*parts: str) -> str:
