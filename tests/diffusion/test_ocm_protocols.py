@@ -124,7 +124,7 @@ def tiny(tmp_path):
     """A saved pipeline of random weights for 8 x 8 colour images, and 16 of those to train and to test with."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    DDPMPipeline(unet(channels=3), DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    DDPMPipeline(unet(channels=3), DDPMScheduler(variance_type="fixed_large")).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "data").mkdir()
     for seed, part in enumerate(("train", "test")):
         levels = np.random.default_rng(seed).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
@@ -191,6 +191,16 @@ def test_the_last_noise_is_cut_and_steps_reach_both_ends(tiny):
     # the authors' 1 + i 999 / 2, halves to the even neighbour, less 1
     assert scheduler.timesteps.tolist() == [999, 499, 0]
     assert (scheduler.config.noise_clip, setup.noise_clip) == (2.0, (2.0, 1.0))
+
+
+def test_the_small_variance_is_small_whatever_the_pipeline_was_saved_with(tiny):
+    (only,) = cifar_problems(replace(tiny, names=("beta~", "beta")), "cpu")
+    small, large = (system.draw(3, 0) for system in only.systems[:2])
+    assert small.setup.schedule["variance_type"] == "fixed_large"
+    assert small.setup.scheduler().config.variance_type == "fixed_small"
+    assert not torch.equal(small.ddpm, large.ddpm)
+    # DDIM has one form of its own
+    assert large.ddim is None
 
 
 def test_a_model_or_data_that_are_not_there_are_named_before_any_row(tiny, tmp_path, monkeypatch):

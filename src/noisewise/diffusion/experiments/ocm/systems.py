@@ -88,6 +88,9 @@ class Setup:
         options |= {"clip_sample": self.clip is not None, "max_variance": self.max_variance}
         if self.schedule is None:
             return CovarianceScheduler(**options)
+        if not str(self.schedule.get("variance_type")).startswith("learned"):
+            # public networks often come with the larger one, and a system says which it wants
+            options.setdefault("variance_type", "fixed_small")
         return CovarianceScheduler.from_config(self.schedule, timestep_spacing="linear", **options)
 
     def solver(self, kind: str, **options: Any) -> Any:
