@@ -55,6 +55,35 @@ def test_rows_finished_before_an_interruption_are_kept(tmp_path):
     assert [(row.system, row.seed) for row in results.rows] == [(s, k) for s in ("plain", "tuned") for k in range(3)]
 
 
+def test_names_that_differ_in_signs_alone_have_rows_of_their_own(tmp_path):
+    calls = []
+    problem = toy(calls)
+    draw = problem.systems[0].draw
+    problem = replace(problem, systems=tuple(System(name, draw) for name in ("beta~", "beta", "beta+")))
+    every = replace(comparison(calls), problems=lambda scale, device: (problem,))
+    for _ in range(2):
+        results = every.run("quick", out=tmp_path, protocols=["A"], progress=False)
+        assert [row.system for row in results.rows] == ["beta~", "beta", "beta+"]
+    assert len(calls) == 3
+
+
+def test_what_a_protocol_needs_is_asked_for_before_any_row(tmp_path):
+    calls, asked = [], []
+
+    def check(scale, device, protocols):
+        asked.append((scale, device, protocols))
+        if "B" in protocols:
+            raise InvalidInput("the data of B are not here")
+
+    checked = replace(comparison(calls), check=check)
+    with pytest.raises(InvalidInput, match="data of B"):
+        checked.run("quick", out=tmp_path, protocols=["A", "B"], progress=False)
+    assert not calls
+    assert not list(tmp_path.iterdir())
+    checked.run("quick", out=tmp_path, protocols=["A"], progress=False)
+    assert asked == [("quick", "cpu", ("A", "B")), ("quick", "cpu", ("A",))]
+
+
 def test_tuning_takes_the_best_setting_on_its_own_seed_and_says_what_it_tried(tmp_path):
     calls = []
     results = comparison(calls).run("cpu", seeds=1, out=tmp_path, protocols=["A"], progress=False)

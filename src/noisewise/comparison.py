@@ -93,7 +93,8 @@ class Comparison:
     `method`: its key on the command line. `title`, `subtitle`: of the report. `problems(scale, device)`.
     `illustrate(report, results, pictures)`: adds sections of figures to a report, where rows kept any `pictures`.
     `protocols`: names of all problems' protocols; `optional`: those that run only when asked for; `absent`: those that a
-    scale lacks. `seeds`: by scale.
+    scale lacks. `seeds`: by scale. `check(scale, device, protocols)`: raises where the data or the libraries of a protocol that
+    was asked for are not at hand, before any row.
     """
 
     method: str
@@ -107,6 +108,7 @@ class Comparison:
     seeds: Mapping[str, tuple[int, ...]] = field(
         default_factory=lambda: {"quick": (0,), "cpu": (0, 1, 2), "paper": tuple(range(10))}
     )
+    check: Callable[[str, str, tuple[str, ...]], None] = lambda scale, device, protocols: None
 
     def run(
         self,
@@ -122,7 +124,7 @@ class Comparison:
         default the method's own. `out`: folder of rows/, tuning/, results.json and report.html, by default
         runs/compare-METHOD-SCALE; several processes may share it on different protocols. `protocols`: names, all but the
         optional ones by default. Torch runs on one thread meanwhile. Raises `InvalidInput` for an unknown scale or protocol
-        and for seeds 100 to 109, which belong to tuning; `RunFolderError` for a damaged row.
+        and for seeds 100 to 109, which belong to tuning, and what `check` raises; `RunFolderError` for a damaged row.
         """
         if scale not in self.seeds:
             raise InvalidInput(f"scale must be one of {', '.join(self.seeds)}, got {scale!r}")
@@ -133,8 +135,9 @@ class Comparison:
                 f"protocols are {', '.join(self.protocols)}, got {', '.join(map(str, wanted)) or 'none'}"
             )
         chosen = self.seeds[scale] if seeds is None else _checked_seeds(seeds)
-        folder = Path(out or Path("runs") / f"compare-{self.method}-{scale}")
         device = "cuda" if scale == "paper" and torch.cuda.is_available() else "cpu"
+        self.check(scale, device, wanted)
+        folder = Path(out or Path("runs") / f"compare-{self.method}-{scale}")
         every = self.problems(scale, device)
         absent: list[str] = []
         with _one_thread():
@@ -236,7 +239,7 @@ def tune(problem: Problem, system: System, folder: Path, scale: str = "cpu") -> 
     """
     if len(system.settings) == 1:
         return system.settings[0]
-    path = folder / f"{_slug(scale, problem.name, system.name)}.json"
+    path = folder / f"{_file_name(scale, problem, system)}.json"
     if path.exists():
         return _read(path)["chosen"]
     scores = [_tuning_score(problem, system, setting) for setting in system.settings]
@@ -315,7 +318,15 @@ def _pictures(folder: Path, scale: str) -> dict[tuple[str, str], dict[str, Any]]
 
 
 def _row_path(folder: Path, scale: str, problem: Problem, system: System, seed: int) -> Path:
-    return folder / "rows" / f"{_slug(scale, problem.name, system.name)}-seed{seed}.json"
+    return folder / "rows" / f"{_file_name(scale, problem, system)}-seed{seed}.json"
+
+
+def _file_name(scale: str, problem: Problem, system: System) -> str:
+    """Of names that differ in signs alone, as beta~ and beta do, the later ones get a number."""
+    name = _slug(scale, problem.name, system.name)
+    alike = [other.name for other in problem.systems if _slug(other.name) == _slug(system.name)]
+    place = alike.index(system.name) if system.name in alike else 0
+    return f"{name}-{place + 1}" if place else name
 
 
 def _slug(*parts: str) -> str:

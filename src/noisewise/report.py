@@ -56,7 +56,8 @@ td small { display: block; color: var(--soft); font-weight: normal; }
 figure { margin: 1.4rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { font-size: .9rem; max-width: 46rem; margin-top: .4rem; }
-pre { background: var(--card); padding: .8rem 1rem; border-radius: 4px; overflow-x: auto; font-size: .85rem; }
+pre { background: var(--card); padding: .8rem 1rem; border-radius: 4px; font-size: .85rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .warning { background: var(--warn-card); color: var(--warn); border-left: 4px solid currentColor; padding: .7rem 1rem;
   margin: 1rem 0; border-radius: 0 4px 4px 0; max-width: 48rem; }
 .warning strong { display: block; }

@@ -38,7 +38,7 @@ _LOOKS, _HELD_OUT_ROWS, _LOOK_ROWS = 25, 4096, 1024
 _PATIENCE = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """A fitted network and how it came about.
 
@@ -47,6 +47,7 @@ class FitResult:
     `learning_rate`. `best_step`: where the returned weights are from. `steps`: how many were made; fewer than asked for
     after `max_seconds` or Ctrl-C (`interrupted`). `cost`: rows that went through the network, each once per evaluation
     with its gradients, looks included; `nonfinite`: steps that were left out because their gradient was not finite.
+    `objective`: what was learned, where a network can learn more than one thing. In print the history is one number, the best.
     """
 
     net: nn.Module
@@ -55,6 +56,18 @@ class FitResult:
     steps: int
     cost: Cost
     interrupted: bool = False
+    objective: str = ""
+
+    def __repr__(self) -> str:
+        best = [entry["validation"] for entry in self.history if entry["step"] == self.best_step]
+        held = best[-1] if best else None
+        parts = [
+            f"{type(self.net).__name__}" + (f" by {self.objective!r}" if self.objective else ""),
+            f"{self.steps} steps, the best {self.best_step}",
+            "no held-out loss" if held is None else f"held-out loss {held:.4g}",
+            f"{self.cost.seconds:.1f} s",
+        ]
+        return f"FitResult({', '.join([*parts, *(['interrupted'] * self.interrupted)])})"
 
 
 @dataclass(frozen=True)

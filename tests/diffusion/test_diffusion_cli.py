@@ -16,10 +16,12 @@ from PIL import Image
 from noisewise import training
 from noisewise.cli import app, main
 from noisewise.diffusion import CovarianceHead, CovarianceScheduler, generate, vlb_bits_per_dim
-from noisewise.diffusion import cli as commands
 from noisewise.diffusion.cli import diffusion_app
+from noisewise.diffusion.comparing import Distance, theirs
 from noisewise.diffusion.experiments.ocm.digit_images import digit_images
+from noisewise.diffusion.head_fits import split
 from noisewise.diffusion.images import contact_sheet, read_images, write_images
+from noisewise.diffusion.loaded import load_pipeline
 from noisewise.diffusion.pictures import calibration_plot, mean_variance_plot, uncertainty_plot
 from noisewise.diffusion.uncertainty import Calibration
 from noisewise.errors import InvalidInput, MissingExtra, NoisewiseWarning, RunFolderError
@@ -202,8 +204,8 @@ def test_a_fit_saves_a_head_a_report_and_bounds_of_images_that_it_has_not_seen(p
     head = CovarianceHead.from_pretrained(fitted / "head")
     assert head.config.objective == "ocm"
     # the bound with the head is the library's, on the held-out rows
-    loaded = commands._load(str(pipe), "cpu")
-    kept, held = commands._split(read_images(data / "train.npy", 1, 8), 0)
+    loaded = load_pipeline(str(pipe), "cpu")
+    kept, held = split(read_images(data / "train.npy", 1, 8), 0)
     assert not (kept[:, None] == held[None]).flatten(2).all(2).any()
     found = vlb_bits_per_dim(loaded.network, held, head, 10, noise_schedule=loaded.levels)
     assert facts["bits_per_dim"]["head"]["value"] == pytest.approx(found.value, rel=1e-9)
@@ -297,7 +299,7 @@ def test_images_are_those_of_the_library_and_only_missing_ones_are_made_again(pi
     assert answer(capsys, *command)["made_now"] == 70
     files = sorted((out / "images").iterdir())
     assert [file.name for file in files] == [f"{index:06d}.png" for index in range(70)]
-    loaded = commands._load(str(pipe), "cpu")
+    loaded = load_pipeline(str(pipe), "cpu")
     scheduler = CovarianceScheduler.from_config(loaded.pipeline.scheduler.config, eta=0.0)
     head = CovarianceHead.from_pretrained(fitted / "head")
     x = generate(loaded.network, scheduler, (64, 1, 8, 8), 4, head, seed=3 * 1_000_003)
@@ -334,7 +336,7 @@ def test_lanczos_needs_no_head(pipe, fitted, tmp_path, capsys):
 def test_bounds_are_those_of_the_library(pipe, fitted, data, capsys):
     found = answer(capsys, "nll", pipe, data / "held.npy", "--head", fitted, "--steps", "10,4", "--limit", 20)
     assert list(found["bits_per_dim"]) == ["4", "10"]
-    loaded = commands._load(str(pipe), "cpu")
+    loaded = load_pipeline(str(pipe), "cpu")
     x, head = read_images(data / "held.npy", 1, 8, 20), CovarianceHead.from_pretrained(fitted / "head")
     for name, chosen in (("beta~", None), ("beta", "large"), ("head", head)):
         expected = vlb_bits_per_dim(loaded.network, x, chosen, 4, noise_schedule=loaded.levels)
@@ -370,11 +372,11 @@ def test_a_comparison_has_every_sampler_its_calls_and_keeps_finished_rows(pipe, 
 def test_images_of_diffusers_samplers_are_those_of_its_pipeline(pipe):
     from diffusers import DDIMPipeline
 
-    loaded = commands._load(str(pipe), "cpu")
-    drawn = commands._theirs(loaded, "DDIM", 4, 5, 7)
-    theirs = DDIMPipeline(loaded.network, DDIMScheduler(num_train_timesteps=100, timestep_spacing="trailing"))
-    theirs.set_progress_bar_config(disable=True)
-    made = theirs(4, torch.Generator().manual_seed(7), num_inference_steps=5, output_type="np").images
+    loaded = load_pipeline(str(pipe), "cpu")
+    drawn = theirs(loaded, "DDIM", 4, 5, 7)
+    pipeline = DDIMPipeline(loaded.network, DDIMScheduler(num_train_timesteps=100, timestep_spacing="trailing"))
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(4, torch.Generator().manual_seed(7), num_inference_steps=5, output_type="np").images
     torch.testing.assert_close(
         ((drawn / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1), torch.from_numpy(made), rtol=0, atol=1e-5
     )
@@ -382,10 +384,35 @@ def test_images_of_diffusers_samplers_are_those_of_its_pipeline(pipe):
 
 def test_a_distance_sees_other_images_and_not_the_same_ones():
     train, held = digit_images()
-    distance = commands._Distance.of(held, 100, seed=0)
+    distance = Distance.of(held, 100, seed=0)
     # exact draws read the floor: its own spread over splits is about a tenth of it
     assert distance(train[:100]) == pytest.approx(distance.floor, rel=0.5)
     assert distance(-train[:100]) > 5 * distance.floor
+
+
+@ROUGH
+def test_images_that_the_head_has_seen_are_counted(pipe, fitted, data, capsys):
+    def bound(source, head):
+        return answer(capsys, "nll", pipe, source, "--head", head, "--steps", "4", "--limit", 120)["images"]
+
+    # 12 of the 120 were held out of the fit
+    for folder in (fitted, fitted / "head"):
+        with pytest.warns(
+            NoisewiseWarning, match="108 of these 120 images are among those that the head was fitted on"
+        ):
+            bound(data / "train.npy", folder)
+    assert bound(data / "held.npy", fitted) == 120
+    with pytest.warns(NoisewiseWarning, match="of these 20 images are among"):
+        run("compare", pipe, data / "train.npy", "--head", fitted, "--steps", "3", "--seeds", 1, "--limit", 20)
+
+
+def test_images_of_another_size_are_counted(pipe, fitted, tmp_path, capsys):
+    write_images(tmp_path / "a", torch.zeros(3, 1, 8, 8))
+    write_images(tmp_path / "b", torch.zeros(2, 1, 8, 9))
+    for limit, said in ((5, "2 of 5 images are not 8 x 8: the middle of each was cut out and resized\n"), (3, "")):
+        capsys.readouterr()
+        run("nll", pipe, tmp_path, "--head", fitted, "--steps", "4", "--limit", limit)
+        assert said == "".join(line for line in capsys.readouterr().err.splitlines(True) if "not 8 x 8" in line)
 
 
 # --- errors
@@ -417,7 +444,7 @@ def test_a_model_that_cannot_be_used_is_refused_in_words(pipe, data, tmp_path):
 
 
 def test_the_folder_of_the_network_within_its_pipeline_will_do(pipe):
-    assert commands._load(str(pipe / "unet"), "cpu").source == str(pipe)
+    assert load_pipeline(str(pipe / "unet"), "cpu").source == str(pipe)
 
 
 def test_options_and_heads_that_do_not_fit_are_refused_before_long_work(pipe, fitted, data, tmp_path):

@@ -2,12 +2,14 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,18 @@ def test_patience_waits_for_the_residuals():
     assert result.steps >= 70
 
 
+def test_a_result_prints_in_one_line_and_keeps_its_history():
+    net = gaussian()
+    result = fit(net, head_of(net), data(), steps=50)
+    best = next(entry["validation"] for entry in result.history if entry["step"] == result.best_step)
+    assert len(result.history) == 25
+    assert repr(result) == (
+        f"FitResult(CovarianceHead by 'ocm', 50 steps, the best {result.best_step}, held-out loss {best:.4g}, "
+        f"{result.cost.seconds:.1f} s)"
+    )
+    assert "no held-out loss" in repr(fit(net, head_of(net), data(), "analytic"))
+
+
 def test_patience_ends_a_fit():
     net = gaussian()
     result = fit(net, head_of(net), data(), steps=400, patience=1, learning_rate=1e-9)
@@ -269,6 +283,41 @@ def test_the_control_variate_keeps_the_mean_and_never_adds_variance():
     error = 4 * float(plain.std()) / 2000**0.5
     assert torch.allclose(controlled.double().mean(0), truth, atol=error)
     assert float(controlled.var(0).sum()) <= float(plain.var(0).sum()) * 1.001
+
+
+def warned_of(net, rows, levels=LEVELS):
+    head = CovarianceHead.for_model(net, noise_schedule=levels, site="out", event=(2,), features=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(net, head, rows, "analytic", noise_schedule=levels)
+    assert all(one.category is NoisewiseWarning for one in caught)
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(5, 0), (1, 3), (255, 0)])
+def test_data_on_another_scale_are_warned_of(factor, shift):
+    net = GaussianNoise(torch.eye(2)).eval()
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    assert warned_of(net, x) == []
+    (said,) = warned_of(net, factor * x + shift)
+    # E(eps - eps_hat)^2 = a^4 + s^2 a^2 (factor^2 + shift^2), at most where s = a
+    found = float(re.search(r"off by (\S+) in mean square", said).group(1))
+    worst = (LEVELS.a**4 + LEVELS.s**2 * LEVELS.a**2 * (factor**2 + shift**2)).max()
+    assert found == pytest.approx(float(worst), rel=0.1)
+    assert f"go from {float((factor * x + shift)[:64].min()):.3g} to" in said
+
+
+def test_a_network_of_x0_may_be_off_by_more_than_the_least_noise():
+    class Clean(GaussianNoise):
+        def forward(self, x, t):
+            a, s = (table[t].unsqueeze(-1) for table in (self.levels.a, self.levels.s))
+            return ((x - s * super().forward(x, t)) / a + 0.05).to(x.dtype)
+
+    levels = linear_levels(prediction="sample")
+    net = Clean(torch.eye(2), levels=levels).eval()
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    assert warned_of(net, x, levels) == []
+    assert len(warned_of(net, 5 * x, levels)) == 1
 
 
 def test_it_fits_with_accelerate_in_bfloat16_with_targets_in_float32():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from tiny_networks import schedule
+from tiny_networks import GaussianNoise, schedule
 
 from noisewise.denoising.covariance import DiagonalCovariance
-from noisewise.diffusion import CovarianceScheduler
+from noisewise.diffusion import CovarianceScheduler, generate
 from noisewise.diffusion.steps import step_schedule
 from noisewise.errors import InvalidInput, NoisewiseWarning
+
+# states and networks at random are no images: their x0 is rightly cut, with a warning
+pytestmark = pytest.mark.filterwarnings("ignore:x0 was cut:noisewise.errors.NoisewiseWarning")
 
 T = 50
 PRECISIONS = [(torch.float32, 1e-6), (torch.float64, 1e-10)]
@@ -472,6 +476,24 @@ def test_variances_that_are_mostly_cut_are_reported(five):
     with pytest.warns(NoisewiseWarning, match="100%"):
         five.step(eps, 0, x)
     five.step(eps, 0, x)  # once
+
+
+@pytest.mark.parametrize("eta", [None, 0.0])
+def test_samples_of_data_beyond_the_clip_are_reported_and_those_within_it_are_not(eta):
+    for deviation, warned in ((3.0, True), (0.5, False)):
+        scheduler = CovarianceScheduler(eta=eta)
+        net = GaussianNoise(scheduler.levels, torch.zeros(2), deviation**2 * torch.eye(2)).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            generate(net, scheduler, (2000, 2), 20)
+            # diffusers' pipelines step by themselves
+            x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+            scheduler.set_timesteps(20)
+            for t in scheduler.timesteps.tolist():
+                x = scheduler.step(net(x, torch.full((2000,), t)).detach(), t, x).prev_sample
+        said = [str(one.message) for one in caught if one.category is NoisewiseWarning]
+        assert len(said) == 2 * warned
+        assert all("clip_sample_range 1, beyond which" in one and "clip_sample=False" in one for one in said)
 
 
 # --- saving

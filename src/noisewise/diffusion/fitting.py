@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,17 +16,20 @@ from noisewise.diffusion.head import OBJECTIVES, CovarianceHead, weights_of
 from noisewise.diffusion.model import DiffusionModel, Prediction, as_diffusion_model
 from noisewise.diffusion.rows import Rows, Trajectories, as_rows
 from noisewise.diffusion.targets import DataCovariance, along_axes, dct_basis, npr_target, ocm_target, sn_target
-from noisewise.errors import InvalidInput
+from noisewise.errors import InvalidInput, NoisewiseWarning
 from noisewise.training import Fit, FitResult, Loss, Plan, accelerator_for, check_share, fingerprint, run_fit
 from noisewise.typing import Cost, check_count, check_positive
 
-__all__ = ["fit_covariance", "frozen"]
+__all__ = ["fit_covariance", "frozen", "interpolated", "noised"]
 
 _KIND = "covariance fit"
 # levels at which the tables of a head are measured, the least rows and entries at each, and how many rows at once
 _GRID, _ROWS, _ENTRIES, _CHUNK = 50, 256, 8192, 64
 # below this a mean relative variance is rounding; only data-free tables, which may be negative, come near it
 _LEAST = 1e-5
+# a network that predicts no noise at all is off by 1, and random weights of diffusers' networks by at most 1.2; well-trained
+# ones by 2 where their data are on another scale
+_FOREIGN = 1.5
 # share of the steps of "ocm_residual" that regress the network's derivative, before the residuals correct it
 _OCM_SHARE = 0.7
 # a fingerprint of the data looks at about so many numbers
@@ -70,6 +74,7 @@ def fit_covariance(
     head alone; targets are always float32. `accelerator`: your own, for many processes, each of which gets its share of a batch.
     The result's cost counts rows through the model. Ctrl-C returns what exists.
 
+    Warns (`NoisewiseWarning`) where the model's error says that it was not trained on such data.
     Raises `InvalidInput` before long work for data that are not finite or of another shape, a half-precision model ("ocm"),
     a head of another model or schedule; `NoisewiseError` when the loss stays non-finite; `RunFolderError` for another's folder.
     Source: Ou et al., ICLR 2025, arXiv 2406.10808, and for the baselines Bao et al., arXiv 2201.06503 and 2206.07309, Nichol &
@@ -115,7 +120,7 @@ def fit_covariance(
         prepared = Cost(energies=known.calls - before, seconds=time.monotonic() - begin)
         if objective == "analytic":
             head.eval()
-            return FitResult(head, [], 0, 0, prepared)
+            return FitResult(head, [], 0, 0, prepared, objective=objective)
         accelerator = accelerator or accelerator_for(mixed_precision, head.device, "diffusion")
         loss: Loss = _HeadLoss(known, head, objective, probes, control)
         measure: Loss | None = None
@@ -133,7 +138,7 @@ def fit_covariance(
         )  # fmt: skip
         result = run_fit(fit, _KIND, config, resume, limit, progress)
     head.eval()
-    return replace(result, cost=result.cost + prepared)
+    return replace(result, cost=result.cost + prepared, objective=objective)
 
 
 @dataclass
@@ -226,15 +231,18 @@ def _fill_tables(
     steps = int((a > 0).sum())
     grid = torch.linspace(0, steps - 1, min(steps, _GRID)).round().long().unique().tolist()
     number = len(rows) if every else max(_ROWS, _ENTRIES // math.prod((head.config.channels, *head.config.event)))
-    ratio, gamma = [], []
+    ratio, gamma, least = [], [], []
     for t in grid:
-        error, square = _pass(model, rows, generator, t, number, by_probes)
+        error, square, sure = _pass(model, rows, generator, t, number, by_probes)
         ratio.append(error)
         gamma.append(square)
+        least.append(sure)
+    if not by_probes:
+        _warn_foreign(model, rows, grid, ratio, least)
     # r is smooth in t, where the variance itself rises twentyfold between two levels of the grid
-    smooth = _interpolated(grid, torch.tensor(ratio, dtype=torch.float64).log(), steps).exp()
+    smooth = interpolated(grid, torch.tensor(ratio, dtype=torch.float64).log(), steps).exp()
     residual = smooth * (s[:steps] / a[:steps]).square()
-    predicted = _interpolated(grid, torch.tensor(gamma, dtype=torch.float64), steps)
+    predicted = interpolated(grid, torch.tensor(gamma, dtype=torch.float64), steps)
     # at pure noise, if the schedule ends there, x0 is as uncertain as just before
     head.residual.copy_(torch.cat([residual, residual[-1:].expand(len(a) - steps)]))
     head.gamma.copy_(torch.cat([predicted, predicted[-1:].expand(len(a) - steps)]))
@@ -242,13 +250,13 @@ def _fill_tables(
 
 def _pass(
     model: DiffusionModel, rows: Any, generator: torch.Generator, t: int, number: int, by_probes: bool
-) -> tuple[float, float]:
-    """Mean r, and mean square of the predicted noise, at level t."""
+) -> tuple[float, float, float]:
+    """Mean r, mean square of the predicted noise, and what r is at least (4 standard errors), at level t."""
     if by_probes:
         prediction, _, _ = noised(model, rows.near(t, _CHUNK), generator, True)
         ratio = max(float(ocm_target(prediction, 4, generator).mean()), _LEAST)
         prediction.free()
-        return ratio, float(prediction.eps.square().mean())
+        return ratio, float(prediction.eps.square().mean()), 0.0
     picked = torch.randint(len(rows), (min(number, len(rows)),), generator=generator, device=generator.device)
     if number >= len(rows):
         picked = torch.arange(len(rows), device=generator.device)
@@ -259,15 +267,40 @@ def _pass(
         scaled = (clean - prediction.clean) * (prediction.a / prediction.s)
         errors.append(scaled.square().flatten(1).double().mean(1))
         squares.append(prediction.eps.square().flatten(1).double().mean(1))
-    return float(torch.cat(errors).mean()), float(torch.cat(squares).mean())
+    error = torch.cat(errors)
+    least = float(error.mean() - 4 * error.std() / len(error) ** 0.5)
+    return float(error.mean()), float(torch.cat(squares).mean()), least
 
 
-def _interpolated(grid: list[int], values: Tensor, steps: int) -> Tensor:
-    """Linear between the grid's levels, at all of them."""
+def _warn_foreign(model: DiffusionModel, rows: Any, grid: list[int], ratio: list[float], least: list[float]) -> None:
+    """Say so where the network is further off on these data than one that predicts no noise."""
+    # an error of x0 that does not matter is large in units of the least noise, for networks that predict x0 itself
+    a, s = model.levels.a, model.levels.s
+    known = [
+        found
+        for found in zip(least, ratio, grid, strict=True)
+        if model.levels.prediction != "sample" or s[found[2]] >= a[found[2]]
+    ]
+    sure, error, worst = max(known, default=(0.0, 0.0, 0))
+    if not sure > _FOREIGN:
+        return
+    x = rows[torch.arange(min(len(rows), _CHUNK))].x
+    warnings.warn(
+        f"the network's noise is off by {error:.3g} in mean square at t = {worst}, where predicting none would be off by 1: "
+        f"these are not the data that it was trained on. They go from {float(x.min()):.3g} to {float(x.max()):.3g}; networks of "
+        "images take [-1, 1], as read_images gives. Or noise_schedule and its prediction_type are not those of the training",
+        NoisewiseWarning,
+        stacklevel=4,
+    )
+
+
+def interpolated(grid: list[int], values: Tensor, steps: int) -> Tensor:
+    """`values` [level, ...] of a rising grid of levels, linear in between, at the first `steps` levels."""
     place = torch.arange(steps, dtype=torch.float64)
     known = torch.tensor(grid, dtype=torch.float64)
     right = torch.searchsorted(known, place).clamp(1, len(grid) - 1)
-    share = (place - known[right - 1]) / (known[right] - known[right - 1])
+    share = ((place - known[right - 1]) / (known[right] - known[right - 1])).to(values)
+    share = share.reshape(-1, *(1,) * (values.ndim - 1))
     return values[right - 1] * (1 - share) + values[right] * share
 
 
@@ -285,7 +318,7 @@ def _control(model: DiffusionModel, rows: Any, generator: torch.Generator) -> Da
         prediction, _, _ = noised(model, rows[index], generator, True, t=t)
         found.append(control.fit_coefficient(prediction, 4, generator))
         prediction.free()
-    control.coefficients = _interpolated(grid, torch.tensor(found, dtype=torch.float64), steps)
+    control.coefficients = interpolated(grid, torch.tensor(found, dtype=torch.float64), steps)
     return control
 
 

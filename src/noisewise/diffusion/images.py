@@ -13,7 +13,7 @@ from noisewise.errors import InvalidInput, MissingExtra, require
 from noisewise.files import write_atomically
 from noisewise.typing import check_count
 
-__all__ = ["contact_sheet", "read_images", "write_images"]
+__all__ = ["contact_sheet", "read_counted", "read_images", "write_images"]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # pillow's modes by number of channels
@@ -35,6 +35,13 @@ def read_images(
     Raises `InvalidInput` where there are no images, for a file that cannot be read, and for other shapes and ranges;
     `MissingExtra` for the name of a data set where `datasets` is not installed.
     """
+    return read_counted(source, channels, size, limit)[0]
+
+
+def read_counted(
+    source: str | Path, channels: int, size: int | tuple[int, int], limit: int | None = None
+) -> tuple[Float[Tensor, "n channel height width"], int]:
+    """As `read_images`, and how many of them had another size."""
     height, width = (size, size) if isinstance(size, int) else size
     shape = (check_count("channels", channels), check_count("size", height), check_count("size", width))
     most = None if limit is None else check_count("limit", limit)
@@ -42,7 +49,7 @@ def read_images(
     if path.is_dir():
         return _read_folder(path, shape, most)
     if path.suffix == ".npy":
-        return _read_array(path, shape, most)
+        return _read_array(path, shape, most), 0
     if path.exists():
         raise InvalidInput(f"{str(source)!r} is neither a folder of images nor a .npy array")
     return _read_dataset(str(source), shape, most)
@@ -72,22 +79,23 @@ def contact_sheet(x: Float[Tensor, "n channel height width"], columns: int = 8) 
     return sheet
 
 
-def _read_folder(path: Path, shape: tuple[int, int, int], limit: int | None) -> Tensor:
+def _read_folder(path: Path, shape: tuple[int, int, int], limit: int | None) -> tuple[Tensor, int]:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
     if not files:
         raise InvalidInput(f"there are no images in {str(path)!r}: files that end in {', '.join(_SUFFIXES)} are read")
     library = require("PIL.Image", "diffusion")
-    images = []
+    images, other = [], 0
     for file in files[:limit]:
         try:
             with library.open(file) as image:
                 images.append(_fitted(image, shape, str(file)))
+                other += image.size != shape[:0:-1]
         except InvalidInput:
             raise
         # pillow raises these for what is cut short, is no image, or would unpack to gigabytes
         except (OSError, SyntaxError, ValueError, library.DecompressionBombError) as error:
             raise InvalidInput(f"{str(file)!r} cannot be read as an image ({error}): remove or mend it") from error
-    return torch.stack(images)
+    return torch.stack(images), other
 
 
 def _fitted(image: Any, shape: tuple[int, int, int], name: str) -> Tensor:
@@ -177,7 +185,7 @@ def _scaled(x: Tensor, whole: bool, path: Path) -> Tensor:
     return (x if least < 0 else 2 * x - 1).clamp(-1, 1).float()
 
 
-def _read_dataset(name: str, shape: tuple[int, int, int], limit: int | None) -> Tensor:
+def _read_dataset(name: str, shape: tuple[int, int, int], limit: int | None) -> tuple[Tensor, int]:
     missing = f"there is no folder and no .npy file {name!r}"
     plain, _, split = name.partition(":")
     if plain.startswith((".", "/", "~")) or plain.count("/") > 1 or "\\" in plain or not plain:
@@ -196,7 +204,12 @@ def _read_dataset(name: str, shape: tuple[int, int, int], limit: int | None) -> 
     if not len(rows):
         raise InvalidInput(f"the data set {name!r} holds no rows")
     picked: Iterable[Any] = range(len(rows) if limit is None else min(limit, len(rows)))
-    return torch.stack([_fitted(rows[index][column], shape, f"{name}, row {index}") for index in picked])
+    images, other = [], 0
+    for index in picked:
+        image = rows[index][column]
+        images.append(_fitted(image, shape, f"{name}, row {index}"))
+        other += image.size != shape[:0:-1]
+    return torch.stack(images), other
 
 
 def _grey_levels(x: Tensor) -> Tensor:

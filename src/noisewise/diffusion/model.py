@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from noisewise.denoising.models import denoised
 from noisewise.diffusion.levels import PREDICTIONS, NoiseLevels
-from noisewise.errors import InvalidInput
+from noisewise.errors import InvalidInput, NoisewiseError
 
 __all__ = [
     "DiffusionModel",
@@ -76,7 +76,8 @@ class DiffusionModel:
     def predict(self, x_t: Float[Tensor, "batch *event"], t: Any, graph: bool = False, **conditions: Any) -> Prediction:
         """Evaluate once, in the network's own mode. `graph`: keep what `Prediction.product` needs.
 
-        Raises `InvalidInput` for x_t or an output of another shape, and for a time step outside the schedule.
+        Raises `InvalidInput` for x_t or an output of another shape, a time step outside the schedule, and conditions that the
+        network does not take.
         """
         channels = getattr(self.network, "config", {}).get("in_channels")
         if channels is not None and (x_t.ndim < 3 or x_t.shape[1] != channels):
@@ -90,7 +91,7 @@ class DiffusionModel:
             wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
             a, s = self.levels.at(index, wide)
             conditions = {name: _plain(value) for name, value in conditions.items()}
-            output = tensor_of(self.network(leaf, self.levels.told(index), **conditions))
+            output = tensor_of(self._called(leaf, index, conditions))
             output = first_channels(output, leaf, self.levels.learned_variance or declares_variance(self.network, leaf))
             output = output.to(wide.dtype)
             clean = denoised(PREDICTIONS[self.levels.prediction], output, wide, a, s)
@@ -104,6 +105,32 @@ class DiffusionModel:
             )
         features = None if self.site is None else seen[-1]
         return Prediction(x_t, index, found, eps, a, s, features, leaf if graph else None, clean if graph else None)
+
+    def _called(self, x_t: Tensor, index: Tensor, conditions: dict[str, Any]) -> Any:
+        """The network's answer; what it says against its conditions, with their names and values."""
+        classes = getattr(self.network, "config", {}).get("num_class_embeds")
+        try:
+            return self.network(x_t, self.levels.told(index), **conditions)
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            # memory is no one's argument, and without conditions most errors are the network's own affair
+            mine = conditions or classes or isinstance(error, TypeError)
+            if isinstance(error, NoisewiseError | torch.OutOfMemoryError) or not mine:
+                raise
+            said = ", ".join(f"{name}={_said(value)}" for name, value in conditions.items())
+            refused = f"cannot take {said}" if conditions else "cannot go without conditions"
+            advice = f" (its {classes} classes count from 0)" if classes else ""
+            raise InvalidInput(
+                f"{type(self.network).__name__} {refused} for {len(x_t)} rows of x_t{advice}: {error}"
+            ) from error
+
+
+def _said(value: Any) -> str:
+    """A condition in few words."""
+    if isinstance(value, Tensor) and value.numel() > 8:
+        return (
+            f"a tensor {tuple(value.shape)} of {value.dtype} from {float(value.min()):.4g} to {float(value.max()):.4g}"
+        )
+    return str(value.tolist()) if isinstance(value, Tensor) else repr(value)
 
 
 def _plain(value: Any) -> Any:

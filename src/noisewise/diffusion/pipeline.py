@@ -74,13 +74,16 @@ def attach(
         head.check_model(network, scheduler.levels)
     scheduler.register_to_config(needs_covariance=True)
     pipeline.scheduler = scheduler
-    return Attachment(network, source, scheduler, guidance_scale)
+    return Attachment(pipeline, network, source, scheduler, guidance_scale)
 
 
 class Attachment:
     """The hooks that `attach` put on; `detach` takes them off."""
 
-    def __init__(self, network: Any, source: Source, scheduler: CovarianceScheduler, scale: float | int | None) -> None:
+    def __init__(
+        self, pipeline: Any, network: Any, source: Source, scheduler: CovarianceScheduler, scale: float | int | None
+    ) -> None:
+        self._pipeline = pipeline
         self._network, self._source, self._scheduler, self._scale = network, source, scheduler, scale
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._output: Tensor | None = None
@@ -90,12 +93,23 @@ class Attachment:
             site = module_at(network, head.config.site)
             self._hooks.append(site.register_forward_pre_hook(self._at_site))
         scheduler.attach_source(self._variance)
+        self._extra = getattr(pipeline, "prepare_extra_step_kwargs", None)
+        if self._extra is not None:
+            pipeline.prepare_extra_step_kwargs = self._without_its_own_eta
 
     def detach(self) -> None:
         """Take the hooks off; the scheduler stays in the pipeline and refuses steps until another covariance is attached."""
         for hook in self._hooks:
             hook.remove()
+        if self._extra is not None and vars(self._pipeline).get("prepare_extra_step_kwargs") is not None:
+            del self._pipeline.prepare_extra_step_kwargs
         self._scheduler.detach_source(self._variance)
+
+    def _without_its_own_eta(self, generator: Any, eta: Any) -> dict[str, Any]:
+        """The pipeline says eta=0 to any scheduler where its caller said nothing: the configuration then holds."""
+        assert self._extra is not None
+        options = dict(self._extra(generator, eta))
+        return {name: value for name, value in options.items() if name != "eta" or value}
 
     def _at_site(self, module: Any, inputs: tuple[Any, ...]) -> None:
         self._features = inputs[0].detach()

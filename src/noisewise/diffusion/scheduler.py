@@ -29,8 +29,10 @@ __all__ = ["CovarianceScheduler", "CovarianceSchedulerOutput"]
 
 _SPACINGS = ("linspace", "leading", "trailing", "linear", "power", "linear_ddim", "quad_ddim")
 _FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
-# sampling with most variances cut says that the head, or its scale, is wrong
+# sampling with most variances, or most of x0 at some step, cut says that the head, or the scale of the data, is wrong
 _CUT = 0.5
+# pixels that are black or white lie about the end of the range; this far beyond it lies what the clip destroys
+_BEYOND = 1.1
 # beyond this s/a hardly anything is known of x0, and any error of the network makes variances that are cut
 _COUNTED = 3.0
 # other schedulers' options that this one has no form of
@@ -115,7 +117,7 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._source: Callable[[Tensor, int], Any] | None = None
-        self._cut = [0, 0]
+        self._cut, self._beyond = [0, 0], 0.0
         if eta is not None:
             reverse_step(self.levels.pair(1), self.levels.pair(0), eta)  # raises for another eta
 
@@ -179,7 +181,7 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 )
         self.num_inference_steps = len(visited)
         self.timesteps = torch.tensor(visited, device=device)
-        self._cut = [0, 0]
+        self._cut, self._beyond = [0, 0], 0.0
 
     def previous_timestep(self, timestep: int) -> int | None:
         """The time step after `timestep` in the direction of the data; None is the data. Raises `InvalidInput` for another."""
@@ -201,7 +203,7 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         use_clipped_model_output: bool | None = False,
         return_dict: bool = True,
     ) -> Any:
-        """One reverse step; the last one gives E[x0 | x_t] without noise.
+        """One reverse step; the last one gives E[x0 | x_t] without noise, and warns where most of x0 or its variance was cut.
 
         `covariance`: relative variance r in the shape of `sample`, or a `Covariance` operator of R = (a^2/s^2) Cov[x0 | x_t] on
         flattened events; by default what `attach` gave. `eta`: None is the configuration's. `use_clipped_model_output`: recompute
@@ -260,11 +262,15 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise InvalidInput(f"a step has one time step for the whole batch, got {value.flatten()[:8].tolist()}")
         return int(self.levels.index(value.reshape(()), 1, value.device)[0])
 
-    def _clipped(self, clean: Tensor) -> Tensor:
+    def _clipped(self, clean: Tensor, t: int) -> Tensor:
         if self.config.thresholding:
             return self._like._threshold_sample(clean)
         if self.config.clip_sample:
-            return clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            reach = float(self.config.clip_sample_range)
+            a, s = self.levels.pair(t)
+            if s <= _COUNTED * a:
+                self._beyond = max(self._beyond, float((clean.abs() > _BEYOND * reach).double().mean()))
+            return clean.clamp(-reach, reach)
         return clean
 
     def _moved(
@@ -281,7 +287,7 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x_s, the clipped x0 and the variance of the step."""
         (a, sigma), s = self.levels.pair(t), self.previous_timestep(t)
-        clean = self._clipped(clean)
+        clean = self._clipped(clean, t)
         if from_clipped:
             eps = (x_t - a * clean) / sigma
         step = reverse_step((a, sigma), self.levels.pair(s), self.config.eta if eta is None else eta)
@@ -375,7 +381,15 @@ class CovarianceScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 NoisewiseWarning,
                 stacklevel=4,
             )
-        self._cut = [0, 0]
+        if self._beyond > _CUT:
+            warnings.warn(
+                f"x0 was cut to clip_sample_range {self.config.clip_sample_range:g}, beyond which {self._beyond:.0%} of its "
+                "entries lay at one step: data that are not in [-1, 1] (vectors, latents) want clip_sample=False; or the network "
+                "is trained too little to know x0 at all",
+                NoisewiseWarning,
+                stacklevel=4,
+            )
+        self._cut, self._beyond = [0, 0], 0.0
 
 
 def _from_global() -> int:

@@ -183,27 +183,22 @@ def fit_spectrum(
 
     A pass over `rows` clean events at each of `levels` levels, interpolated between them.
     """
-    from noisewise.diffusion.fitting import frozen, noised
+    from noisewise.diffusion.fitting import frozen, interpolated, noised
     from noisewise.diffusion.rows import as_rows
 
     generator = torch.Generator(device=head.device).manual_seed(seed)
     kept = as_rows(data, (head.config.channels, *head.config.event), head.device)
-    grid = torch.linspace(0, len(model.levels) - 1, levels).round().long().unique()
+    grid = torch.linspace(0, len(model.levels) - 1, levels).round().long().unique().tolist()
     found = []
     with frozen(model.network), torch.no_grad():
-        for t in grid.tolist():
+        for t in grid:
             index = torch.randint(len(kept), (min(rows, len(kept)),), generator=generator, device=head.device)
             prediction, clean, _ = noised(model, kept[index], generator, False, t=t)
             error = (clean - prediction.clean) / head.clean_variance(prediction).sqrt()
             bases = [dct_basis(n, error) for n in error.shape[1:]]
             power = along_axes(error, bases).square().mean(0)
             found.append(power / power.mean())
-    known, place = grid.double(), torch.arange(len(model.levels), dtype=torch.float64)
-    right = torch.searchsorted(known, place).clamp(1, len(grid) - 1)
-    shape = (-1,) + (1,) * found[0].ndim
-    share = ((place - known[right - 1]) / (known[right] - known[right - 1])).reshape(shape).to(found[0])
-    stacked = torch.stack(found).log()
-    return (stacked[right - 1] * (1 - share) + stacked[right] * share).exp()
+    return interpolated(grid, torch.stack(found).log(), len(model.levels)).exp()
 
 
 def as_source(covariance: Any, generator: torch.Generator, *, probes: int = 16, rank: int = 3) -> Source | None:

@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "wasserstein2_modulo",
         ],
         "paired": ["PairedDifference", "paired_difference"],
+        "precision_recall": ["PrecisionRecall", "precision_recall"],
         "results": ["Results", "Row", "SystemSummary", "describe_environment"],
     },
 )

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from noisewise.comparison import TUNING_SEED
-from noisewise.diffusion.experiments.ocm.digit_classifier import digit_classifier
+from noisewise.diffusion.experiments.ocm.digit_classifier import ImageClassifier, digit_classifier
 from noisewise.diffusion.experiments.ocm.digit_images import digit_images, digit_labels
 from noisewise.diffusion.experiments.ocm.mixtures import C_MAX, mixture, relative_variance
 from noisewise.diffusion.experiments.ocm.noise_training import corrupt, linear_alphas_cumprod
@@ -21,9 +22,12 @@ from noisewise.metrics.modes import total_variation
 
 __all__ = [
     "LEVELS",
+    "LabelledImages",
     "RelativeVariance",
     "covariance_errors",
     "digit_measurements",
+    "image_measurements",
+    "labelled_digits",
     "mixture_measurements",
     "share_not_positive",
 ]
@@ -60,21 +64,54 @@ def mixture_measurements(name: str, draws: Float[Tensor, "n 2"], seed: int = 0) 
     }
 
 
-def digit_measurements(draws: Float[Tensor, "n 1 8 8"], seed: int = 0) -> dict[str, Measurement]:
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Where draws of images are compared: a frozen `classifier`, and the images and labels that it was made for."""
+
+    classifier: ImageClassifier
+    train: Float[Tensor, "n 1 side side"]
+    held_out: Float[Tensor, "m 1 side side"]
+    labels: Int[Tensor, " image"]
+
+    @functools.cached_property
+    def shares(self) -> Float[Tensor, " label"]:
+        """Of the true `labels` of all images."""
+        return torch.bincount(self.labels, minlength=self.classes).double() / len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are."""
+        return self.classifier.head.out_features
+
+
+def image_measurements(
+    images: LabelledImages, draws: Float[Tensor, "n 1 side side"], seed: int = 0
+) -> dict[str, Measurement]:
     """1000 MMD^2 (unbiased) from the held-out images in the classifier's features, and the total variation of label shares.
 
     The bandwidth is the mean squared distance within the held-out features. Seeds of tuning are judged by as many training
     images instead. Floors: for MMD^2 that of training images; for labels the mean of as many labels drawn from the data's.
     Raises `InvalidInput` for draws that are not finite.
     """
-    net = digit_classifier()
-    reference, width, floor = _digit_reference(seed >= TUNING_SEED)
-    images = draws.detach().to("cpu", torch.float32)
+    net = images.classifier
+    reference, width, floor = _image_reference(images, seed >= TUNING_SEED)
+    x = draws.detach().to("cpu", torch.float32)
     # labels would hide NaN, features do not
-    mmd = mmd2(net.features(images), reference, biased=False, bandwidth=width, floor=floor)
-    shares = torch.bincount(net.labels(images), minlength=10).double() / len(images)
-    balance = total_variation(shares, _label_shares(), floor=_balance_floor(len(images)))
-    return {_MMD: _in_thousandths(mmd), _BALANCE: dataclasses.replace(balance, n=len(images))}
+    mmd = mmd2(net.features(x), reference, biased=False, bandwidth=width, floor=floor)
+    shares = torch.bincount(net.labels(x), minlength=images.classes).double() / len(x)
+    balance = total_variation(shares, images.shares, floor=_balance_floor(images, len(x)))
+    return {_MMD: _in_thousandths(mmd), _BALANCE: dataclasses.replace(balance, n=len(x))}
+
+
+@functools.lru_cache(maxsize=1)
+def labelled_digits() -> LabelledImages:
+    """The digits."""
+    return LabelledImages(digit_classifier(), *digit_images(), torch.cat(digit_labels()))
+
+
+def digit_measurements(draws: Float[Tensor, "n 1 8 8"], seed: int = 0) -> dict[str, Measurement]:
+    """`image_measurements` on the digits."""
+    return image_measurements(labelled_digits(), draws, seed)
 
 
 def covariance_errors(r: RelativeVariance, name: str) -> dict[str, Measurement]:
@@ -155,28 +192,21 @@ def _mixture_floors(name: str, n: int) -> tuple[float, float]:
     return floor.mean, sample_floor(wasserstein2, draw, min(n, _TRANSPORTED), repeats=4).mean
 
 
-@functools.lru_cache(maxsize=2)
-def _digit_reference(tuning: bool) -> tuple[Tensor, float, float]:
+@functools.lru_cache(maxsize=4)
+def _image_reference(images: LabelledImages, tuning: bool) -> tuple[Tensor, float, float]:
     """Features that draws are compared with, the bandwidth, and the score of training images that are not among them."""
-    train, held_out = (digit_classifier().features(images) for images in digit_images())
+    train, held_out = (images.classifier.features(x) for x in (images.train, images.held_out))
     reference, others = (train[: len(held_out)], train[len(held_out) :]) if tuning else (held_out, train)
     width = 2 * float(held_out.double().var(0).sum())
     return reference, width, float(mmd2(others, reference, biased=False, bandwidth=width))
 
 
-@functools.lru_cache(maxsize=1)
-def _label_shares() -> Float[Tensor, " digit"]:
-    """Of the true labels of all images."""
-    labels: Int[Tensor, " image"] = torch.cat(digit_labels())
-    return torch.bincount(labels, minlength=10).double() / len(labels)
-
-
 @functools.lru_cache(maxsize=8)
-def _balance_floor(n: int, repeats: int = 200) -> float:
+def _balance_floor(images: LabelledImages, n: int, repeats: int = 200) -> float:
     generator = torch.Generator().manual_seed(_REFERENCE_SEED)
-    shares = _label_shares()
+    shares = images.shares
     labels = torch.multinomial(shares, n * repeats, replacement=True, generator=generator).reshape(repeats, n)
-    counted = torch.nn.functional.one_hot(labels, 10).double().mean(1)
+    counted = torch.nn.functional.one_hot(labels, len(shares)).double().mean(1)
     return float((counted - shares).abs().sum(-1).mean()) / 2
 
 

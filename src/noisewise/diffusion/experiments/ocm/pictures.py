@@ -7,7 +7,7 @@ from noisewise.report import Report
 
 __all__ = ["illustrate"]
 
-_PLOTTED = ("bits/dim", "1000 MMD^2", "1000 MMD^2, eta 0", "share within 3 sd")
+_PLOTTED = ("bits/dim", "1000 MMD^2", "1000 MMD^2, eta 0", "share within 3 sd", "FID", "FID, eta 0")
 
 
 def illustrate(report: Report, results: Results, pictures: Pictures) -> None:

@@ -1,7 +1,7 @@
 """The comparison's problems: each data set at each number of network calls, with its measurements."""
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +9,31 @@ from torch import Tensor
 
 from noisewise.comparison import Problem
 from noisewise.denoising.covariance import FullCovariance
+from noisewise.diffusion.experiments.ocm.cifar import CifarPlan, cifar_problems, prepare_cifar
 from noisewise.diffusion.experiments.ocm.digit_images import digit_images, digits_net
-from noisewise.diffusion.experiments.ocm.measures import covariance_errors, digit_measurements, mixture_measurements
+from noisewise.diffusion.experiments.ocm.measures import (
+    LabelledImages,
+    covariance_errors,
+    image_measurements,
+    labelled_digits,
+    mixture_measurements,
+)
 from noisewise.diffusion.experiments.ocm.mixtures import C_MAX, MIXTURES, mixture, mixture_net, relative_variance
-from noisewise.diffusion.experiments.ocm.systems import Drawn, Setup, covariance_systems, levels_of, solver_systems
+from noisewise.diffusion.experiments.ocm.omniglot import find_omniglot
+from noisewise.diffusion.experiments.ocm.omniglot_net import labelled_omniglot, omniglot_net
+from noisewise.diffusion.experiments.ocm.systems import (
+    Drawn,
+    Setup,
+    covariance_systems,
+    levels_of,
+    mean_of,
+    solver_systems,
+)
 from noisewise.diffusion.model import DiffusionModel, Prediction
+from noisewise.errors import InvalidInput
 from noisewise.metrics.measurement import Measurement
 
-__all__ = ["problems"]
+__all__ = ["check", "problems"]
 
 _CALLS = {"quick": (5,), "cpu": (5, 10, 20, 50), "paper": (5, 10, 20, 50)}
 _MIXTURE_DRAWS = {"quick": 300, "cpu": 5000, "paper": 20_000}
@@ -25,7 +42,15 @@ _IMAGE_DRAWS = {"quick": 50, "cpu": 300, "paper": 5000}
 _IMAGE_STEPS = {"quick": 30, "cpu": 1000, "paper": 20_000}
 _TESTED = {"quick": 300, "cpu": 2000, "paper": 10_000}
 _TRAINING_ROWS = 20_000
+_OMNIGLOT_CALLS = {"quick": (5,), "cpu": (10, 20), "paper": (10, 20, 50)}
+_OMNIGLOT_DRAWS = {"quick": 20, "cpu": 200, "paper": 5000}
+_OMNIGLOT_TESTED = {"quick": 20, "cpu": 200, "paper": 726}
+_OMNIGLOT_STEPS = {"quick": 20, "cpu": 400, "paper": 20_000}
+# "Analytic" passes over all rows at each of fifty levels, which on one core takes as long as the network's training
+_OMNIGLOT_FITTED = {"quick": 1500, "cpu": 1500, "paper": 4114}
 _GREYS = 17
+# the reader's shares of ink are rounded to 8 bits
+_EIGHT_BITS = 256
 _COMMON = (
     "OCM",
     "OCM, then residuals",
@@ -43,6 +68,16 @@ _COMMON = (
 )
 _ON_MIXTURES = (*_COMMON, "Lanczos, rank 2", "probes, 16 a step", "exact diagonal", "exact matrix")
 _ON_IMAGES = (*_COMMON, "OCM, DCT", "Lanczos, rank 3")
+_ON_OMNIGLOT = (
+    "OCM",
+    "OCM, then residuals",
+    "residual NLL",
+    "NPR, softplus",
+    "Analytic",
+    "beta~",
+    "beta",
+    "Lanczos, rank 3",
+)
 _QUICK = ("OCM", "OCM, then residuals", "Analytic", "beta~", "beta")
 
 
@@ -50,7 +85,18 @@ def problems(scale: str, device: str) -> tuple[Problem, ...]:
     """All problems at `scale`."""
     names = MIXTURES[:1] if scale == "quick" else MIXTURES
     found = [problem for name in names for problem in _mixtures(name, scale)]
-    return (*found, *_images(scale, device))
+    found += [*_digits(scale), *_omniglot(scale)]
+    return (*found, *cifar_problems(CifarPlan.from_environment(), device)) if scale == "paper" else tuple(found)
+
+
+def check(scale: str, device: str, protocols: tuple[str, ...]) -> None:
+    """Raise where Omniglot (C), or anything of CIFAR-10 (D), was asked for and is not at hand."""
+    if "C" in protocols:
+        find_omniglot()
+    if "D" in protocols:
+        if scale != "paper":
+            raise InvalidInput(f"protocol D, CIFAR-10, is part of --scale paper alone, got --scale {scale}")
+        prepare_cifar(CifarPlan.from_environment(), device)
 
 
 class _Exact:
@@ -97,7 +143,7 @@ def _mixtures(name: str, scale: str) -> list[Problem]:
     ]
 
 
-def _images(scale: str, device: str) -> list[Problem]:
+def _digits(scale: str) -> list[Problem]:
     @functools.cache
     def setup(seed: int) -> Setup:
         train, test = digit_images()
@@ -107,25 +153,50 @@ def _images(scale: str, device: str) -> list[Problem]:
         )  # fmt: skip
 
     names = _QUICK if scale == "quick" else _ON_IMAGES
+    return _images("B", "digits", _CALLS[scale], setup, names, labelled_digits, _digits_note(scale))
+
+
+def _omniglot(scale: str) -> list[Problem]:
+    @functools.cache
+    def setup(seed: int) -> Setup:
+        data = labelled_omniglot()
+        return Setup(
+            omniglot_net(seed, scale), data.train[: _OMNIGLOT_FITTED[scale]], data.held_out[: _OMNIGLOT_TESTED[scale]],
+            seed, _OMNIGLOT_DRAWS[scale], _OMNIGLOT_STEPS[scale], 32, 1.0, 1.0, _EIGHT_BITS,
+        )  # fmt: skip
+
+    names = _QUICK if scale == "quick" else _ON_OMNIGLOT
+    return _images("C", "Omniglot", _OMNIGLOT_CALLS[scale], setup, names, labelled_omniglot, _omniglot_note(scale))
+
+
+def _images(
+    protocol: str,
+    title: str,
+    calls: tuple[int, ...],
+    setup: Callable[[int], Setup],
+    names: tuple[str, ...],
+    labelled: Callable[[], LabelledImages],
+    note: str,
+) -> list[Problem]:
     systems = (*covariance_systems(setup, {}, names), *solver_systems(setup))
     return [
         Problem(
-            protocol="B",
-            name=f"digits, {calls} calls",
-            budget=calls,
+            protocol=protocol,
+            name=f"{title}, {budget} calls",
+            budget=budget,
             systems=systems,
-            measure=_image_columns,
+            measure=functools.partial(_image_columns, labelled),
             criterion="1000 MMD^2",
-            notes=(_image_note(scale),) if calls == _CALLS[scale][0] else (),
+            notes=(note,) if budget == calls[0] else (),
         )
-        for calls in _CALLS[scale]
+        for budget in calls
     ]
 
 
 def _mixture_columns(name: str, drawn: Drawn) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     if drawn.bound is not None:
-        found["bound, nats"] = _mean(drawn.bound)
+        found["bound, nats"] = mean_of(drawn.bound)
     seed = drawn.setup.seed
     for draws, form in ((drawn.ddpm, ""), (drawn.ddim, ", eta 0")):
         if draws is not None:
@@ -144,19 +215,13 @@ def _mixture_columns(name: str, drawn: Drawn) -> dict[str, Measurement]:
     return found
 
 
-def _image_columns(drawn: Drawn) -> dict[str, Measurement]:
-    found: dict[str, Measurement] = {}
-    if drawn.bound is not None:
-        found["bits/dim"] = _mean(drawn.bound / (drawn.setup.test[0].numel() * math.log(2)))
+def _image_columns(labelled: Callable[[], LabelledImages], drawn: Drawn) -> dict[str, Measurement]:
+    found = drawn.bits()
     for draws, form in ((drawn.ddpm, ""), (drawn.ddim, ", eta 0")):
         if draws is not None:
-            measured = digit_measurements(draws, drawn.setup.seed)
+            measured = image_measurements(labelled(), draws, drawn.setup.seed)
             found |= {f"{column}{form}": value for column, value in measured.items()}
     return found
-
-
-def _mean(values: Tensor) -> Measurement:
-    return Measurement(float(values.mean()), float(values.std()) / math.sqrt(len(values)), n=len(values))
 
 
 _COLUMNS = (
@@ -176,9 +241,20 @@ def _mixture_note(scale: str) -> str:
     )
 
 
-def _image_note(scale: str) -> str:
+def _digits_note(scale: str) -> str:
     return (
         f"digits: 8 x 8, 1500 training images, bounds on 297 others of 17 grey levels; a UNet2DModel trained here for each seed; "
         f"heads {_IMAGE_STEPS[scale]} steps of 64; {_IMAGE_DRAWS[scale]} draws; squared MMD in the features of a classifier "
         f"against the held-out images, TV of labels against the data's shares. {_COLUMNS}"
+    )
+
+
+def _omniglot_note(scale: str) -> str:
+    return (
+        f"Omniglot: 28 x 28, eight alphabets, 4114 training images by 17 drawers, bounds on {_OMNIGLOT_TESTED[scale]} of 726 by "
+        f"three others, with 256 grey levels, of which averages over parts of black and white pages take some forty; a "
+        f"UNet2DModel trained here for each seed; heads {_OMNIGLOT_STEPS[scale]} steps of 32, on {_OMNIGLOT_FITTED[scale]} of "
+        f"the training images; {_OMNIGLOT_DRAWS[scale]} draws; "
+        f"squared MMD in the features of a classifier of alphabets against the held-out images, TV of its labels against the "
+        f"data's shares. The floor of MMD is that of training images, which the classifier knows. {_COLUMNS}"
     )
