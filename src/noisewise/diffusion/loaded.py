@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from noisewise.command import RUN, SUMMARY, read_json
+from noisewise.command import SUMMARY, read_json, refuse_unfinished
 from noisewise.diffusion.head import CovarianceHead
 from noisewise.diffusion.images import read_counted
 from noisewise.diffusion.keeping import HEAD, SEEN
 from noisewise.diffusion.levels import NoiseLevels
-from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError, require
+from noisewise.errors import InvalidInput, NoisewiseWarning, require
 from noisewise.training import fingerprint
 
 __all__ = ["Loaded", "head_mark", "load_head", "load_pipeline", "marks_of", "warn_seen"]
@@ -121,11 +121,7 @@ def load_head(folder: Path, loaded: Loaded) -> CovarianceHead:
     """The head in `folder` or `folder`/head, checked against the network."""
     place = folder / HEAD if (folder / HEAD).is_dir() else folder
     if not (place / "config.json").is_file():
-        if (folder / RUN).is_dir():
-            raise RunFolderError(
-                f"the fit in {folder} was cut short before it was saved: run the same fit command again to go on"
-            )
-        raise RunFolderError(f"{folder} holds no head of `noisewise diffusion fit`")
+        refuse_unfinished(folder, "head of `noisewise diffusion fit`")
     head = CovarianceHead.from_pretrained(place)
     head.check_model(loaded.network, loaded.levels)
     summary = place.parent / SUMMARY
