@@ -8,11 +8,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "block": ["MRConvBlock", "merge_layers", "parameter_groups"],
         "convolution": ["long_conv"],
+        "export": ["export_onnx", "export_program"],
         "estimator": ["SequenceClassifier", "SequenceRegressor"],
         "fitting": ["SequenceFit", "fit_sequence", "recalibrate"],
         "images": ["ImageMRConv", "swap_layers"],
         "layer": ["MRConv"],
         "merged": ["LongConv"],
         "model": ["SequenceModel"],
+        "pictures": ["kernel_report"],
     },
 )
