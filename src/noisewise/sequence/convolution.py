@@ -51,7 +51,7 @@ def long_conv(
 
 def convolved(
     u: Float[Tensor, "batch channel length"], spectrum: Tensor, kernels: Float[Tensor, "direction channel lag"], n: int,
-    constant: Float[Tensor, "rows channel length"] | None = None,
+    constant: Float[Tensor, "rows channel #length"] | None = None,
 ) -> Float[Tensor, "batch channel length"]:  # fmt: skip
     """`long_conv` by both directions of `kernels`, where the transform of `u` of size `n` is at hand; `constant` is added."""
     if torch.is_grad_enabled() and (u.requires_grad or kernels.requires_grad):
@@ -81,7 +81,7 @@ class _Convolution(torch.autograd.Function):
         other = spectrum_of(kernels, length, n)
         ctx.save_for_backward(spectrum, other)
         ctx.sizes = length, kernels.shape[-1], len(kernels), n
-        ctx.rows = None if constant is None else len(constant)
+        ctx.constant = None if constant is None else constant.shape
         y = torch.fft.irfft(spectrum * other, n)[..., :length]
         return y.contiguous() if constant is None else y + constant
 
@@ -92,7 +92,7 @@ class _Convolution(torch.autograd.Function):
         g = torch.fft.rfft(gradient, n)
         to_u = torch.fft.irfft(g * other.conj(), n)[..., :length] if ctx.needs_input_grad[0] else None
         to_kernels = kernel_gradient(g, spectrum, directions, min(lags, length), n)
-        to_constant = gradient.sum(0, keepdim=True) if ctx.rows == 1 else gradient if ctx.rows else None
+        to_constant = None if ctx.constant is None else gradient.sum_to_size(ctx.constant)
         return to_u, None, functional.pad(to_kernels, (0, max(0, lags - length))), None, to_constant
 
 
