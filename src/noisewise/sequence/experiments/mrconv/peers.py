@@ -24,7 +24,7 @@ class _Convolution(nn.Module):
     def __init__(self, d_model: int, length: int) -> None:
         super().__init__()
         self.length = length
-        self.skip = nn.Parameter(torch.randn(d_model))
+        self.skip = nn.Parameter(nn.init.normal_(torch.empty(d_model)))
 
     def kernel(self, length: int) -> Float[Tensor, "channel lag"]:
         """Lags 0 to `length` - 1, the skip not among them."""
@@ -73,8 +73,8 @@ class S4D(_Convolution):
     def __init__(self, d_model: int, length: int, state: int = 64) -> None:
         super().__init__(d_model, length)
         low, high = math.log(1e-3), math.log(1e-1)
-        self.log_dt = nn.Parameter(low + (high - low) * torch.rand(d_model))
-        self.C = nn.Parameter(torch.randn(d_model, state // 2, 2) * math.sqrt(0.5))
+        self.log_dt = nn.Parameter(low + (high - low) * nn.init.uniform_(torch.empty(d_model)))
+        self.C = nn.Parameter(nn.init.normal_(torch.empty(d_model, state // 2, 2)) * math.sqrt(0.5))
         self.log_decay = nn.Parameter(torch.full((d_model, state // 2), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(state // 2).repeat(d_model, 1).float())
 
@@ -115,7 +115,7 @@ class SGConv(_Convolution):
     def __init__(self, d_model: int, length: int, kernel_size: int = 64) -> None:
         super().__init__(d_model, length)
         scales = 1 + max(0, math.ceil(math.log2(length / kernel_size)))
-        self.pieces = nn.Parameter(torch.randn(scales, d_model, kernel_size))
+        self.pieces = nn.Parameter(nn.init.normal_(torch.empty(scales, d_model, kernel_size)))
         self.register_buffer("norm", torch.zeros(d_model, 1))
 
     def unscaled(self) -> Float[Tensor, "channel lag"]:
@@ -143,7 +143,7 @@ class FreeKernel(_Convolution):
 
     def __init__(self, d_model: int, length: int) -> None:
         super().__init__(d_model, length)
-        self.taps = nn.Parameter(torch.randn(d_model, length) * length**-0.5)
+        self.taps = nn.Parameter(nn.init.normal_(torch.empty(d_model, length)) * length**-0.5)
 
     def kernel(self, length: int) -> Float[Tensor, "channel lag"]:
         """The parameters."""
@@ -160,11 +160,11 @@ class MultiresNet(nn.Module):
         super().__init__()
         self.depth = math.ceil(math.log2((length - 1) / (kernel_size - 1) + 1))
         bound = math.sqrt(2.0) / math.sqrt(2 * kernel_size)
-        self.low = nn.Parameter(bound * (2 * torch.rand(d_model, 1, kernel_size) - 1))
-        self.high = nn.Parameter(bound * (2 * torch.rand(d_model, 1, kernel_size) - 1))
+        self.low = nn.Parameter(bound * (2 * nn.init.uniform_(torch.empty(d_model, 1, kernel_size)) - 1))
+        self.high = nn.Parameter(bound * (2 * nn.init.uniform_(torch.empty(d_model, 1, kernel_size)) - 1))
         scale = math.sqrt(2.0) / math.sqrt(2 * self.depth + 2)
         # of the input, of each level's detail, of what is left at the end
-        self.weights = nn.Parameter(scale * (2 * torch.rand(d_model, self.depth + 2) - 1))
+        self.weights = nn.Parameter(scale * (2 * nn.init.uniform_(torch.empty(d_model, self.depth + 2)) - 1))
 
     def forward(self, u: Float[Tensor, "batch channel length"]) -> Float[Tensor, "batch channel length"]:
         """Causal."""
@@ -183,7 +183,7 @@ class DilatedStack(nn.Module):
     def __init__(self, d_model: int, length: int, taps: int = 16) -> None:
         super().__init__()
         levels = max(1, math.ceil(math.log2((length - 1) / (taps - 1) + 1)))
-        self.taps = nn.Parameter(torch.randn(levels, d_model, 1, taps) * taps**-0.5)
+        self.taps = nn.Parameter(nn.init.normal_(torch.empty(levels, d_model, 1, taps)) * taps**-0.5)
         self.bias = nn.Parameter(torch.zeros(levels, d_model))
 
     def forward(self, u: Float[Tensor, "batch channel length"]) -> Float[Tensor, "batch channel length"]:
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
 
     def __init__(self, d_model: int, length: int, layers: int = 2, heads: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
-        self.positions = nn.Parameter(0.02 * torch.randn(length, d_model))
+        self.positions = nn.Parameter(0.02 * nn.init.normal_(torch.empty(length, d_model)))
         layer = nn.TransformerEncoderLayer(
             d_model, heads, 2 * d_model, dropout, "gelu", batch_first=True, norm_first=True
         )
