@@ -41,10 +41,20 @@ def results(pytestconfig):
         print("\n" + json.dumps(found, indent=2))
 
 
+class TorchsDerivative(FreeKernel):
+    """The same convolution as everybody writes it, whose derivative torch takes by complex FFTs."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        n = 2 * u.shape[-1]
+        y = torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(self.taps, n), n)[..., : u.shape[-1]]
+        return y + self.skip.unsqueeze(-1) * u
+
+
 def _layers(length: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
         FREE: FreeKernel(CHANNELS, length),
+        "free kernel, torch's own derivative": TorchsDerivative(CHANNELS, length),
         "exact statistics": MRConv(CHANNELS, length, "fourier", KERNEL_SIZE),
         "full-support statistics": MRConv(CHANNELS, length, "fourier", KERNEL_SIZE, stats="full"),
         "branches": MRConv(CHANNELS, length, "fourier", KERNEL_SIZE, stats="branches"),

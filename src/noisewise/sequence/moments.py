@@ -7,13 +7,13 @@ again; it depends on the last inputs alone, as many as the branch is long. A bra
 to compute as it is, from the spectrum of u, which is there. Sums without a batch axis are made in float64.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from noisewise.sequence.convolution import fast_length
 
@@ -61,7 +61,8 @@ class Signal:
             # rows must not meet: what is taken off all of them would carry one row's size, or its NaN, to the others
             return cls(u, u, None, torch.fft.rfft(u.detach(), n), n, lengths, mask)
         steps = len(u) * length if lengths is None else lengths.sum()
-        offset = (u.detach().sum((0, 2), dtype=torch.float64) / steps).to(u)
+        # near the mean is near enough: whatever is taken off is counted exactly
+        offset = u.detach().sum((0, 2)) / steps
         centred = u - offset.unsqueeze(-1)
         if mask is not None:
             centred = torch.where(mask, centred, 0.0)
@@ -127,17 +128,17 @@ class _BranchMoments(torch.autograd.Function):
             mean = (wide * sums[..., : kernel.shape[-1]]).sum(-1) / count
             if exact and _is_long(kernel, u):
                 deviation = _deviation(signal, kernel, mean)
-                variance = deviation.square().sum((1, -1), dtype=torch.float64) / count
+                variance = _energy(deviation) / count
                 kept.append(deviation)
             else:
                 product = _toeplitz(wide, correlation)
                 energy = (wide * product).sum(-1)
-                tail = None
+                window = tail = None
                 if exact and kernel.shape[-1] > 1:
-                    tail = _tail(turned, kernel)
-                    energy = energy - tail.square().sum((1, -1), dtype=torch.float64)
+                    window, tail = _tail(turned, kernel)
+                    energy = energy - _energy(tail)
                 variance = (energy / count - mean.square()).clamp(min=0)
-                kept += [product, tail]
+                kept += [product, window, tail]
             means.append(mean)
             variances.append(variance)
         ctx.save_for_backward(u, sums, correlation, *means, *kernels, *kept)
@@ -169,9 +170,9 @@ class _BranchMoments(torch.autograd.Function):
                 by_mean = by_mean - 2 * mean.unsqueeze(-1) * by_variance
                 share = 2 * by_energy * next(kept)
                 by_correlation[..., :lags] += (by_energy * _own_correlation(wide)).sum(0)
-                tail = next(kept)
-                if tail is not None:
-                    share = share + _through_tail(turned, kernel, tail, -2 * by_energy, by_turned)
+                window, tail = next(kept), next(kept)
+                if window is not None and tail is not None:
+                    share = share + _through_tail(window, kernel, tail, -2 * by_energy, by_turned)
             by_sums[..., :lags] += by_mean * wide / count
             to_kernels.append((share + by_mean * sums[..., :lags] / count).to(kernel))
         to_u = None
@@ -209,7 +210,7 @@ def _whole_spectrum(signal: Signal) -> Tensor:
 def _autocorrelation(signal: Signal) -> Float[Tensor, "channel length"]:
     """sum over rows and times of u[t] u[t + lag], float64; constants join as they are, without cancelling anything."""
     length, valid = signal.u.shape[-1], torch.fft.rfft(signal.valid(), signal.n)
-    power = torch.view_as_real(signal.spectrum).square().sum((0, -1)).double()
+    power = _power(signal.spectrum)
     if signal.offset is None:
         return torch.fft.irfft(power.to(valid), signal.n)[..., :length]
     offset = signal.offset.double().unsqueeze(-1)
@@ -221,6 +222,18 @@ def _autocorrelation(signal: Signal) -> Float[Tensor, "channel length"]:
         alone = valid.abs().square().sum(0)
     total = power + 2 * offset * both.real + offset.square() * alone
     return torch.fft.irfft(total.to(valid), signal.n)[..., :length]
+
+
+def _power(spectrum: Tensor) -> Tensor:
+    """sum over rows of its squared modulus, float64."""
+    parts = torch.view_as_real(spectrum).square().sum(0).double()
+    # a sum over pairs of numbers is ten times slower
+    return parts[..., 0] + parts[..., 1]
+
+
+def _energy(x: Float[Tensor, "direction batch channel length"]) -> Float[Tensor, "direction channel"]:
+    """sum over rows and steps of its square; along a row in the dtype of `x`, whose partial sums are pairwise."""
+    return x.square().sum(-1).double().sum(1)
 
 
 def _ring(lags: Tensor, n: int) -> Float[Tensor, "channel n"]:
@@ -240,30 +253,36 @@ def _own_correlation(kernel: Float[Tensor, "direction channel lag"]) -> Tensor:
     """The derivative of that energy by R: A[0], 2 A[1], 2 A[2], ..."""
     support = kernel.shape[-1]
     n = fast_length(2 * support - 1)
-    power = torch.view_as_real(torch.fft.rfft(kernel, n)).square().sum(-1)
+    power = _power(torch.fft.rfft(kernel.unsqueeze(0), n))
     found = 2 * torch.fft.irfft(power.to(torch.complex128), n)[..., :support]
     found[..., 0] /= 2
     return found
 
 
-def _tail(turned: Tensor, kernel: Tensor) -> Float[Tensor, "direction batch channel last"]:
-    """What the last inputs, one fewer than the kernel has lags, leave behind the end."""
+def _tail(turned: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """What the last inputs, one fewer than the kernel has lags, leave behind the end; and before it, their transform."""
     last = kernel.shape[-1] - 1
     # the ring is as long as the window and its tail together, so nothing meets what went round
     n = fast_length(2 * last)
-    spectrum = torch.fft.rfft(turned[..., -last:], n) * torch.fft.rfft(kernel, n).unsqueeze(1)
-    return torch.fft.irfft(spectrum, n)[..., last : 2 * last].contiguous()
+    window = torch.fft.rfft(turned[..., -last:], n)
+    tail = torch.fft.irfft(window * torch.fft.rfft(kernel, n).unsqueeze(1), n)[..., last : 2 * last]
+    return window, tail.contiguous()
 
 
-def _through_tail(turned: Tensor, kernel: Tensor, tail: Tensor, factor: Tensor, by_turned: Tensor) -> Tensor:
-    """Derivatives of the tail's energy: added to that by the turned rows, returned by the kernel. `factor`: by its square."""
+def _through_tail(window: Tensor, kernel: Tensor, tail: Tensor, factor: Tensor, by_turned: Tensor) -> Tensor:
+    """Derivatives of the tail's energy: added to that by the turned rows, returned by the kernel. `factor`: by its square.
+
+    What has no batch axis carries the factor, and the delay of the tail behind its window.
+    """
     last = tail.shape[-1]
     n = fast_length(2 * last)
-    # at the places that the tail has in its ring
-    g = torch.fft.rfft(functional.pad(tail * factor.to(tail).unsqueeze(1), (last, 0)), n)
-    by_turned[..., -last:] += torch.fft.irfft(g * torch.fft.rfft(kernel, n).conj().unsqueeze(1), n)[..., :last]
-    window = torch.fft.rfft(turned[..., -last:], n)
-    return torch.fft.irfft((g * window.conj()).sum(1), n)[..., : kernel.shape[-1]].double()
+    turn = torch.arange(n // 2 + 1, device=tail.device, dtype=torch.float64) * (-2 * math.pi * last / n)
+    delay = torch.polar(torch.ones_like(turn), turn) * factor
+    g = torch.fft.rfft(tail, n)
+    back = (torch.fft.rfft(kernel.double(), n).conj() * delay).to(g).unsqueeze(1)
+    crossed = (g * window.conj()).sum(1) * delay.to(g)
+    by_turned[..., -last:] += torch.fft.irfft(g.mul_(back), n)[..., :last]
+    return torch.fft.irfft(crossed, n)[..., : kernel.shape[-1]].double()
 
 
 def _deviation(signal: Signal, kernel: Tensor, mean: Tensor) -> Float[Tensor, "direction batch channel length"]:
@@ -282,17 +301,17 @@ def _deviation(signal: Signal, kernel: Tensor, mean: Tensor) -> Float[Tensor, "d
 
 def _through_branch(whole: Tensor, kernel: Tensor, deviation: Tensor, factor: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Derivatives of the branch's energy by the spectrum of u and by the kernel. `factor`: by the deviations."""
-    spectra = torch.fft.rfft(kernel, n)
+    spectra = torch.fft.rfft(kernel, n) * factor.to(kernel)
     by_spectrum: Tensor | None = None
     to_kernel = []
     for direction, own in enumerate(spectra):
-        g = torch.fft.rfft(deviation[direction] * factor[direction].to(deviation), n)
-        made = g * (own.conj() if direction == 0 else own)
-        by_spectrum = made if by_spectrum is None else by_spectrum + made
+        g = torch.fft.rfft(deviation[direction], n)
         crossed = (g * whole.conj()).sum(0)
         to_kernel.append(torch.fft.irfft(crossed if direction == 0 else crossed.conj(), n))
+        made = g.mul_(own.conj() if direction == 0 else own)
+        by_spectrum = made if by_spectrum is None else by_spectrum + made
     assert by_spectrum is not None
-    return by_spectrum, torch.stack(to_kernel)[..., : kernel.shape[-1]].double()
+    return by_spectrum, factor * torch.stack(to_kernel)[..., : kernel.shape[-1]].double()
 
 
 def _to_input(
@@ -305,10 +324,10 @@ def _to_input(
     lags[..., 0] *= 2
     found = torch.fft.rfft(_ring(lags, signal.n), signal.n).real.to(signal.centred) * whole
     if by_spectrum is not None:
-        found = found + by_spectrum
+        found += by_spectrum
     to_u = torch.fft.irfft(found, signal.n)[..., :length]
     for direction, own in enumerate(by_turned):
-        to_u = to_u + signal.from_end(own, direction == 0)
+        to_u += signal.from_end(own, direction == 0)
     return to_u if signal.mask is None else to_u * signal.mask
 
 
