@@ -12,7 +12,7 @@ from interleaved import environment, interleaved
 from torch import Tensor, nn
 
 from noisewise.files import write_atomically
-from noisewise.sequence import LongConv, MRConv
+from noisewise.sequence import LongConv, MRConv, long_conv
 from noisewise.sequence.experiments.mrconv.peers import S4D, FreeKernel, MultiresNet, SGConv
 from noisewise.sequence.experiments.mrconv.training import kept_for_backward
 
@@ -41,19 +41,25 @@ def results(pytestconfig):
         print("\n" + json.dumps(found, indent=2))
 
 
+class Plain(FreeKernel):
+    """One convolution and nothing else."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return long_conv(u, self.taps)
+
+
 class TorchsDerivative(FreeKernel):
     """The same convolution as everybody writes it, whose derivative torch takes by complex FFTs."""
 
     def forward(self, u: Tensor) -> Tensor:
         n = 2 * u.shape[-1]
-        y = torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(self.taps, n), n)[..., : u.shape[-1]]
-        return y + self.skip.unsqueeze(-1) * u
+        return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(self.taps, n), n)[..., : u.shape[-1]]
 
 
 def _layers(length: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
-        FREE: FreeKernel(CHANNELS, length),
+        FREE: Plain(CHANNELS, length),
         "free kernel, torch's own derivative": TorchsDerivative(CHANNELS, length),
         "exact statistics": MRConv(CHANNELS, length, "fourier", KERNEL_SIZE),
         "full-support statistics": MRConv(CHANNELS, length, "fourier", KERNEL_SIZE, stats="full"),

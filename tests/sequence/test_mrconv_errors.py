@@ -153,3 +153,15 @@ def test_weights_of_another_layer_are_not_loaded():
         layer("fourier", 24).load_state_dict(layer("dilated", 24).state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer("fourier", 24).merge().load_state_dict(layer("fourier", 24).state_dict())
+
+
+def test_statistics_that_saw_nan_are_not_merged():
+    layer = MRConv(2, 40)
+    layer(torch.full((2, 2, 40), float("nan")))
+    with pytest.raises(NoisewiseError, match="not finite"):
+        layer.eval().merge()
+
+
+def test_lengths_are_a_tensor(shapes_unchecked):
+    with pytest.raises(InvalidInput, match=r"torch\.tensor"):
+        MRConv(2, 40)(torch.randn(2, 2, 40), lengths=[3, 40])

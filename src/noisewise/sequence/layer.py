@@ -169,6 +169,11 @@ class MRConv(nn.Module):
             raise NoisewiseError(
                 "the layer has seen no batch in train mode, so its running statistics mean nothing: train it first"
             )
+        if not bool(torch.isfinite(self.running_mean).all() and torch.isfinite(self.running_var).all()):
+            raise NoisewiseError(
+                "the running statistics are not finite: a batch held NaN or infinite values; clean the data, then train the layer "
+                "anew, or make its statistics anew with recalibrate"
+            )
         dead = int((self.running_var < _DEAD * self.eps).sum())
         if dead:
             warnings.warn(

@@ -71,14 +71,14 @@ class Signal:
     @property
     def count(self) -> int | Tensor:
         """Valid steps of all rows."""
-        batch, _, length = self.centred.shape
+        batch, _, length = self.u.shape
         return batch * length if self.lengths is None else self.lengths.sum()
 
     def valid(self) -> Float[Tensor, "batch 1 length"]:
         """1 at valid steps, 0 after a row's end, float64; a single row where all are whole."""
         if self.mask is not None:
             return self.mask.double()
-        return torch.ones(1, 1, self.centred.shape[-1], dtype=torch.float64, device=self.centred.device)
+        return torch.ones(1, 1, self.u.shape[-1], dtype=torch.float64, device=self.u.device)
 
     def at_end(self, forward: bool) -> Float[Tensor, "batch channel length"]:
         """u with each row's last step (its first one, reversed, for the other direction) in the last place; 0 before."""
@@ -114,7 +114,7 @@ def branch_moments(signal: Signal, kernels: list[Float[Tensor, "direction channe
 
 
 class _BranchMoments(torch.autograd.Function):
-    """Its own derivative, so that every spectrum is made once and none is kept for longer than it is needed."""
+    """Its own derivative, so that no spectrum of a row is made twice."""
 
     @staticmethod
     def forward(ctx: Any, signal: Signal, exact: bool, u: Tensor, *kernels: Tensor) -> Any:
@@ -141,15 +141,20 @@ class _BranchMoments(torch.autograd.Function):
                 kept += [product, window, tail]
             means.append(mean)
             variances.append(variance)
-        ctx.save_for_backward(u, sums, correlation, *means, *kernels, *kept)
-        ctx.signal, ctx.exact, ctx.branches = signal, exact, len(kernels)
+        # only what is saved so is freed after use, and counted by who asks what a step keeps
+        ctx.save_for_backward(u, signal.spectrum, sums, correlation, *means, *kernels, *kept)
+        ctx.rest = signal.offset, signal.n, signal.lengths, signal.mask
+        ctx.exact, ctx.branches = exact, len(kernels)
         return torch.stack(means), torch.stack(variances)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> Any:
-        signal, n = ctx.signal, ctx.branches
-        u, sums, correlation, *rest = ctx.saved_tensors
+        n = ctx.branches
+        u, spectrum, sums, correlation, *rest = ctx.saved_tensors
+        offset, ring, lengths, mask = ctx.rest
+        # the centred rows are not needed any more
+        signal = Signal(u, u, offset, spectrum, ring, lengths, mask)
         means, kernels, kept = rest[:n], rest[n : 2 * n], iter(rest[2 * n :])
         count = float(signal.count)
         turned, whole = _turned(signal, len(kernels[0])), _whole_spectrum(signal)

@@ -28,6 +28,8 @@ def valid_steps(u: Tensor, lengths: Int[Tensor, "batch"] | None) -> Bool[Tensor,
     """True up to the end of each row; None without `lengths`. Raises `InvalidInput` for lengths that cannot be."""
     if lengths is None:
         return None
+    if not isinstance(lengths, Tensor):
+        raise InvalidInput(f"lengths must be a tensor of whole numbers, got {lengths!r}: use torch.tensor(lengths)")
     if lengths.shape != u.shape[:1] or lengths.is_floating_point():
         raise InvalidInput(
             f"lengths must be {u.shape[0]} whole numbers, one for each row, got shape {tuple(lengths.shape)} of {lengths.dtype}"

@@ -116,7 +116,9 @@ def _task(target: str, data: str, seed: int) -> Task:
 
 def _mrconv(kind: str, frozen: tuple[str, ...] = (), **options: Any) -> Callable[[int], nn.Module]:
     def make(seed: int) -> nn.Module:
-        layer = MRConv(_CHANNELS, _LENGTH, kind, **{"kernel_size": _KERNEL_SIZE, "seed": seed, **options})
+        layer = MRConv(
+            _CHANNELS, _LENGTH, kind, **{"kernel_size": _KERNEL_SIZE, "seed": seed, "skip": False, **options}
+        )
         for name in frozen:
             getattr(layer, name).requires_grad_(False)
         return layer
@@ -128,7 +130,11 @@ def _peer(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     def seeded(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return make()
+            layer: Any = make()
+        # beside a kernel whose lag 0 is free a skip means nothing, until the kernel is stretched to another rate
+        layer.skip.detach().zero_()
+        layer.skip.requires_grad_(False)
+        return layer
 
     return seeded
 

@@ -180,7 +180,9 @@ def _tested(name: str, model: SequenceModel, rows: Split, cost: Cost, rate: floa
         changed = int((used != predicted).sum())
     other = None
     if rate is not None:
-        other = classified(stretched(model, rate), decimated(rows.test_x, round(1 / rate))) == rows.test_y
+        every = round(1 / rate)
+        ends = None if rows.test_lengths is None else -(-rows.test_lengths // every)
+        other = classified(stretched(model, rate), decimated(rows.test_x, every), ends) == rows.test_y
     return Trained(used == rows.test_y, cost, model, count, kept, changed, other)
 
 
