@@ -171,8 +171,8 @@ class MRConv(nn.Module):
             )
         if not bool(torch.isfinite(self.running_mean).all() and torch.isfinite(self.running_var).all()):
             raise NoisewiseError(
-                "the running statistics are not finite: a batch held NaN or infinite values; clean the data, then train the layer "
-                "anew, or make its statistics anew with recalibrate"
+                "the running statistics are not finite: a batch held NaN or infinite values; clean the data, then train the "
+                "layer anew, or make its statistics anew with recalibrate"
             )
         dead = int((self.running_var < _DEAD * self.eps).sum())
         if dead:
