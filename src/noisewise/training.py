@@ -67,7 +67,7 @@ class FitResult:
             "no held-out loss" if held is None else f"held-out loss {held:.4g}",
             f"{self.cost.seconds:.1f} s",
         ]
-        return f"FitResult({', '.join([*parts, *(['interrupted'] * self.interrupted)])})"
+        return f"{type(self).__name__}({', '.join([*parts, *(['interrupted'] * self.interrupted)])})"
 
 
 @dataclass(frozen=True)

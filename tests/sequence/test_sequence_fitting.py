@@ -346,3 +346,11 @@ def test_bad_input_is_named(shapes_unchecked):
     fit(net, (x, y), steps=2)
     with pytest.raises(NoisewiseError, match="cannot be trained"):
         fit(net.merge(), (x, y))
+
+
+def test_a_fit_prints_in_a_line():
+    x = torch.randn(20, 1, 32, generator=torch.Generator().manual_seed(0))
+    model = SequenceModel(1, 2, 32, d_model=4, n_layers=1, kernel_size=8)
+    found = fit_sequence(model, (x, torch.arange(20) % 2), steps=2, batch_size=8)
+    assert len(repr(found)) < 300
+    assert "history" not in repr(found)

@@ -62,9 +62,12 @@ class SequenceRows:
         return SequenceRows(x.to(self.device), self.y[index].to(self.device), moved, self.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SequenceFit(FitResult):
-    """A `FitResult`, and `held_out`: "loss", and "accuracy" of classes, of the returned model on rows it did not train on."""
+    """A `FitResult`, and `held_out`: "loss", and "accuracy" of classes, of the returned model on rows it did not train on.
+
+    The same rows chose the step that the model is from, so both are a little too good: test on rows of your own.
+    """
 
     held_out: dict[str, Measurement] = field(default_factory=dict)
 
