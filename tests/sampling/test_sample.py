@@ -498,7 +498,7 @@ def test_killed_again_and_again_in_warm_up_and_among_the_draws_equals_unharmed(n
 @pytest.mark.slow
 def test_ctrl_c_of_a_process_returns_the_draws_made_so_far(tmp_path):
     work = """
-    draws = go("DiGS", 0.015, sys.argv[1])
+    draws = go("DiGS", 0.03, sys.argv[1])
     print(json.dumps([draws.interrupted, draws.positions.shape[1]]))
     """
     process = python(SCRIPT, work, arguments=[tmp_path / "run"])
