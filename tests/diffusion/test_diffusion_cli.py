@@ -202,7 +202,7 @@ def test_a_fit_saves_a_head_a_report_and_bounds_of_images_that_it_has_not_seen(p
     assert not facts["interrupted"]
     assert facts["held_out_loss"] > 0
     head = CovarianceHead.from_pretrained(fitted / "head")
-    assert head.config.objective == "ocm"
+    assert head.config.objective == "residual_nll"
     # the bound with the head is the library's, on the held-out rows
     loaded = load_pipeline(str(pipe), "cpu")
     kept, held = split(read_images(data / "train.npy", 1, 8), 0)

@@ -29,7 +29,7 @@ class MRConv(nn.Module):
     """y = sum_i alpha_i BN_i(u * k_i) + D u for each channel; input and output are (batch, d_model, length).
 
     The sub-kernels k_i have l_0 = `kernel_size`, 2 l_0, 4 l_0, ... lags, up to `length`, and as many parameters each; `kind`,
-    `modes`, `taps` and `seed` are those of `SubKernels`. Training costs about one convolution, whatever their number: the
+    `modes`, `taps` and `seed` are those of `SubKernels`. Training costs some four plain convolutions, whatever their number: the
     statistics of batch normalisation are computed without the branches (`stats="exact"`, equal to `"branches"`, which runs
     every one of them; `"full"` is a cheaper normaliser of its own). `merge` makes one kernel and a bias of it.
 

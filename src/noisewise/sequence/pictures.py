@@ -75,8 +75,8 @@ _REACH = (
     "length is local, whatever it could do. The direct path D u is not counted."
 )
 _SCALES = (
-    "Every branch is normalised, so alpha says how much of the output it makes, up to gamma. What differs from layer to "
-    "layer was learned: all of them start with equal weights."
+    "Every branch is normalised, so alpha says how much of the output it makes, up to gamma. Within a layer all "
+    "branches start with equal weights, so what differs there was learned; layers of other widths start with other sums."
 )
 
 
