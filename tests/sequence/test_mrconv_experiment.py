@@ -18,7 +18,9 @@ from noisewise.sequence.experiments.mrconv.training import (
     decimated,
     kept_for_backward,
     majority,
+    matched,
     network,
+    shaped_like,
     stretched,
 )
 
@@ -48,15 +50,15 @@ def recordings(tmp_path, monkeypatch):
 def test_mrconv_at_quick_scale(tmp_path, recordings, shapes_unchecked):
     results = mrconv.run("quick", out=tmp_path / "out", progress=False)
     assert not [note for row in results.rows for note in row.notes if note.startswith("failed")]
-    assert len(results.problems) == 5
+    assert len(results.problems) == 6
     changes = [row.measurements["changed by merging"].value for row in results.rows
                if "changed by merging" in row.measurements]  # fmt: skip
-    assert changes == [0, 0, 0, 0]
+    assert changes == [0] * 5
     merged = [row.measurements["merge difference"].value for row in results.rows
               if "merge difference" in row.measurements]  # fmt: skip
     assert max(merged) < 1e-4
     report = (tmp_path / "out" / "report.html").read_text()
-    assert report.count("<figure>") == 7
+    assert report.count("<figure>") == 8
 
 
 @pytest.mark.slow
@@ -154,6 +156,27 @@ def test_all_models_are_of_about_the_same_size():
     sizes = {name: sum(p.numel() for p in network(name, shape, 0).parameters())
              for name in ("MRConv fourier", "MRConv fourier+sparse", "MRConv dilated", "S4D", "SGConv", "GRU")}  # fmt: skip
     assert max(sizes.values()) < 1.35 * min(sizes.values())
+
+
+def test_matched_systems_have_about_the_parameters_of_the_reference_and_its_time(monkeypatch):
+    shape, reference, names = (
+        Shape(64),
+        "MRConv fourier",
+        ("MRConv fourier", "S4D", "GRU", "transformer", "dilated CNN"),
+    )
+    size = {
+        name: sum(p.numel() for p in network(name, shaped_like(reference, name, shape), 0).parameters())
+        for name in names
+    }
+    assert shaped_like(reference, reference, shape) == shape
+    assert all(abs(count / size[reference] - 1) < 0.08 for count in size.values())
+    # twice as slow, so half as long
+    monkeypatch.setattr("noisewise.sequence.experiments.mrconv.training.pace", lambda *shapes: 2.0)
+    split = handwritten_rows(True)
+    steps = [
+        system.draw(0.5, 0, 0.01).cost.gradients for system in matched(names[:2], reference, shape, lambda seed: split)
+    ]
+    assert steps[0] == pytest.approx(2 * steps[1], rel=0.1)
 
 
 def test_the_majority_class_is_right_as_often_as_it_occurs():

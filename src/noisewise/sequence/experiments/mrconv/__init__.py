@@ -22,10 +22,10 @@ def _illustrate(*arguments: Any) -> None:
 COMPARISON = Comparison(
     "mrconv",
     "MRConv beside its peers",
-    "kernels, spoken digits and expressions by layers of long memory in one and the same block, at equal epochs",
+    "kernels, spoken digits and expressions by layers of long memory in one and the same block",
     _problems,
     _illustrate,
-    protocols=("A", "B", "C", "D", "E", "F", "L", "R"),
+    protocols=("A", "B", "C", "D", "E", "F", "S", "L", "R"),
     optional=("L", "R"),
     absent={"quick": ("F",), "cpu": ("F",)},
     seeds={"quick": (0,), "cpu": (0, 1, 2), "paper": (0, 1, 2)},

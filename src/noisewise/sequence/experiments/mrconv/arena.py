@@ -45,7 +45,7 @@ def _shape(length: int, classes: int, depth: int, width: int, norm: str, prenorm
 ARENA = (
     Arena("listops", _shape(2048, 10, 6, 256, "batch", False, vocabulary=18, kernel_size=8), 0.01, 32, 40),
     Arena("text", _shape(4096, 2, 6, 256, "batch", True, vocabulary=256, kernel_size=8), 0.01, 16, 32),
-    Arena("image", _shape(1024, 10, 6, 512, "layer", False, dropout=0.1), 0.01, 50, 200),
+    Arena("image", _shape(1024, 10, 6, 512, "batch", False, dropout=0.1), 0.01, 50, 200),
     Arena("pathfinder", _shape(1024, 2, 6, 256, "batch", True), 0.004, 64, 200),
     Arena("path-x", _shape(16_384, 2, 6, 256, "batch", True), 0.001, 16, 50),
     Arena("scifar", _shape(1024, 10, 6, 512, "layer", False, d_input=3, dropout=0.1), 0.01, 50, 200),

@@ -18,7 +18,7 @@ from noisewise.sequence.experiments.mrconv.speech import (
     spoken_digits,
     spoken_digits_file,
 )
-from noisewise.sequence.experiments.mrconv.training import Shape, Split, columns, decimated, majority, models
+from noisewise.sequence.experiments.mrconv.training import Shape, Split, columns, decimated, majority, matched, models
 
 __all__ = ["handwritten_rows", "listops_split", "problems", "spoken_problems"]
 
@@ -33,12 +33,16 @@ _ALL = (
     "GRU",
     "transformer",
 )
+_BEST, _PEERS = (
+    "MRConv fourier",
+    ("MRConv fourier", "MRConv fourier+sparse", "S4D", "dilated CNN", "GRU", "transformer"),
+)
 _ON_LISTOPS = ("MRConv sparse", "MRConv fourier", "S4D", "GRU", "transformer")
 _ON_ROWS = ("MRConv fourier", "MRConv dilated", "S4D", "dilated CNN", "GRU", "transformer")
 _LONG = ("MRConv fourier", "S4D", "SGConv", "free kernel")
 _QUICK = ("MRConv fourier", "S4D")
 _CLIP, _WHOLE_CLIP, _PATCH = 4096, 16_384, 16
-_EPOCHS = {"quick": 1, "cpu": 4, "paper": 20}
+_EPOCHS = {"quick": 1, "cpu": 6, "paper": 20}
 # of each part
 _CLIPS = {"quick": 64, "cpu": None, "paper": None}
 _LISTOPS_EPOCHS = {"quick": 1, "cpu": 2, "paper": 40}
@@ -67,9 +71,9 @@ def _accuracy(protocol: str, name: str, epochs: float | int, systems: tuple[Syst
 
 
 def spoken_problems(scale: str, file: Path) -> list[Problem]:
-    """Protocols B and C, and of the optional ones L, whole clips, and R, another sampling rate."""
+    """Protocols B, C and S, of equal size and time, and of the optional ones L, whole clips, and R, another sampling rate."""
     clips, epochs = _CLIPS[scale], _EPOCHS[scale]
-    names, some = (_QUICK, _QUICK) if scale == "quick" else (_ALL, _LONG)
+    names, peers, some = (_QUICK, _QUICK, _QUICK) if scale == "quick" else (_ALL, _PEERS, _LONG)
 
     def split_at(length: int, speakers: bool = False, fewer: int = 1) -> Callable[[int], Split]:
         @functools.lru_cache(maxsize=2)
@@ -84,17 +88,22 @@ def spoken_problems(scale: str, file: Path) -> list[Problem]:
 
     shape = Shape(_CLIP, patch=_PATCH)
     whole, single = Shape(_WHOLE_CLIP, patch=_PATCH), Shape(_CLIP // 2, d_model=16)
-    common = (
-        f"{shape.n_layers} blocks of {shape.d_model} channels on {shape.steps} patches of {_PATCH} samples at 8 kHz, alike "
-        f"but for the layer; {epochs} epochs for every system, four learning rates tried for each; the last "
-        "averaged weights are tested, MRConv's merged."
+    alike = f"{shape.n_layers} blocks on {shape.steps} patches of {_PATCH} samples at 8 kHz, alike but for the layer"
+    last = "four learning rates tried for each; the last averaged weights are tested, MRConv's merged."
+    common = f"{alike}; {shape.d_model} channels and {epochs} epochs for every system, {last}"
+    usual = (
+        "Tested are recordings 0 to 4 of each speaker and digit, the same for all seeds; tuning tests 45 to 49 instead."
     )
     return [
         _accuracy("B", "spoken digits", epochs, models(names, shape, split_at(_CLIP)),
-                  f"{common} Tested are recordings 0 to 4 of each speaker and digit; tuning tests 45 to 49 instead."),
-        _accuracy("C", "spoken digits, a new speaker", epochs, models(names, shape, split_at(_CLIP, speakers=True)),
+                  f"{common} {usual}"),
+        _accuracy("C", "spoken digits, a new speaker", epochs, models(peers, shape, split_at(_CLIP, speakers=True)),
                   f"{common} Each seed holds out a speaker of its own, so seeds differ by more than chance, and all systems meet "
                   "the same ones; tuning holds out a sixth speaker, who is never reported."),
+        _accuracy("S", "spoken digits, equal size and time", epochs, matched(peers, _BEST, shape, split_at(_CLIP)),
+                  f"{alike}; every system as wide as gives it about the parameters of {_BEST} with {shape.d_model} channels, and "
+                  f"trained for about the processor time of its {epochs} epochs, measured side by side at the start of each "
+                  f"process, {last} {usual}"),
         _accuracy("L", "spoken digits, whole clips", epochs, models(some, whole, split_at(_WHOLE_CLIP)),
                   f"as spoken digits, but {_WHOLE_CLIP} samples of each clip, which are mostly padding."),
         _accuracy("R", "spoken digits, another rate", epochs, models(some, single, split_at(_CLIP, fewer=2), 0.5),
@@ -124,7 +133,7 @@ def _listops(scale: str) -> Problem:
     names = _QUICK if scale == "quick" else _ON_LISTOPS
     note = (
         f"51 to 199 tokens, depth 5, up to 5 arguments, {train} sequences to train on for {epochs} epochs, {test} to test; far "
-        "smaller than the task of the Long Range Arena; tuning has sequences of its own."
+        "smaller than the task of the Long Range Arena; the same for all seeds, and tuning has sequences of its own."
     )
     systems = (majority(split), *models(names, shape, split))
     return _accuracy("D", "ListOps, small", epochs, systems, note)
@@ -152,6 +161,6 @@ def _handwritten(scale: str) -> Problem:
     systems = models(names, Shape(64, kernel_size=8), split)
     note = (
         f"8 x 8 images as 64 steps of one grey value, {_ROWS_EPOCHS[scale]} epochs: whether every system learns at all, not "
-        "whether it has a long memory. The last images are of other writers than the first."
+        "whether it has a long memory. The last images are of other writers than the first, and tested for all seeds."
     )
     return _accuracy("E", "handwritten digits, row by row", _ROWS_EPOCHS[scale], systems, note)

@@ -1,8 +1,11 @@
 """The systems that classify sequences: one model with a layer of each kind, trained by `fit_sequence`, measured on test rows."""
 
 import copy
+import dataclasses
 import functools
 import math
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,12 +39,17 @@ __all__ = [
     "decimated",
     "kept_for_backward",
     "majority",
+    "matched",
     "models",
     "network",
+    "pace",
+    "shaped_like",
     "stretched",
 ]
 
 _BATCH, _EVALUATED = 32, 100
+# steps and rounds that tell how fast a system trains beside another
+_PACE_STEPS, _PACE_ROUNDS = 8, 5
 # Where there is a kernel, it learns at the rate of the rest: the S4 family's 0.001 for kernels is made for long training, and so
 # few epochs want more. The middle ones come first, for scales that tune nothing.
 _RATES = tuple({"lr": lr} for lr in (3e-2, 1e-1, 1e-2, 3e-1))
@@ -149,6 +157,53 @@ def models(
         return System(name, draw, settings or _RATES_OF.get(name, _RATES))
 
     return tuple(system(name) for name in names)
+
+
+def matched(names: tuple[str, ...], reference: str, shape: Shape, split: Callable[[int], Split]) -> tuple[System, ...]:
+    """Systems as wide as gives them about the parameters of `reference`, and trained for about its time.
+
+    The budget is epochs of `reference`; how many the others have in that time is measured on the spot, side by side.
+    """
+
+    def system(name: str) -> System:
+        own = shaped_like(reference, name, shape)
+
+        def draw(budget: float | int, seed: int, lr: float) -> Trained:
+            rows, model = split(seed), network(name, own, seed)
+            epochs = budget if name == reference else budget / pace(name, own, reference, shape)
+            cost = _fitted(model, rows, epochs, seed, lr, lr, {})
+            trained = _tested(name, model, rows, cost, None)
+            return dataclasses.replace(trained, notes=(f"{own.d_model} channels, {epochs:.3g} epochs",))
+
+        return System(name, draw, _RATES_OF.get(name, _RATES))
+
+    return tuple(system(name) for name in names)
+
+
+def shaped_like(reference: str, name: str, shape: Shape) -> Shape:
+    """`shape` with the even width at which the model called `name` comes nearest to the parameters of `reference`."""
+
+    def size(of: str, width: int) -> int:
+        return sum(p.numel() for p in network(of, dataclasses.replace(shape, d_model=width), 0).parameters())
+
+    wanted = size(reference, shape.d_model)
+    widths = range(4, 4 * shape.d_model, 2)
+    return dataclasses.replace(shape, d_model=min(widths, key=lambda width: abs(size(name, width) - wanted)))
+
+
+@functools.lru_cache(maxsize=64)
+def pace(name: str, own: Shape, reference: str, shape: Shape) -> float:
+    """Processor time of a training step of `name` in those of `reference`, the median of rounds in which they take turns."""
+    x = torch.randn(_BATCH, shape.d_input, shape.length, generator=torch.Generator().manual_seed(0))
+    rows = Split(x, torch.arange(_BATCH) % shape.classes, x, torch.arange(_BATCH) % shape.classes)
+
+    def seconds(of: str, its: Shape) -> float:
+        model, begin = network(of, its, 0), time.process_time()
+        _fitted(model, rows, _PACE_STEPS, 0, 1e-3, 1e-3, {})
+        return time.process_time() - begin
+
+    seconds(name, own), seconds(reference, shape)
+    return statistics.median(seconds(name, own) / seconds(reference, shape) for _ in range(_PACE_ROUNDS))
 
 
 def _fitted(
