@@ -1,0 +1,20 @@
+"""Better search on an embedding that cannot be trained: a small vector beside it, in one cosine, chosen by what was measured."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "beir": ["load_beir"],
+        "blackbox": ["CachedBlackBox", "as_black_box"],
+        "bm25": ["BM25"],
+        "cache": ["EmbeddingCache"],
+        "encoder": ["SentenceEncoder"],
+        "endpoint": ["OpenAICompatible"],
+        "evaluation": ["evaluate"],
+        "lexical": ["LexicalBlock"],
+        "mafin": ["Mafin"],
+        "synthesis": ["synthesize"],
+        "table": ["WordPieceTable"],
+    },
+)
