@@ -27,6 +27,7 @@ __all__ = [
     "evaluating",
     "fingerprint",
     "run_fit",
+    "seeded_dropout",
 ]
 
 Loss = Callable[[Any, Any, torch.Generator], Tensor]
@@ -399,6 +400,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def seeded_dropout(generator: torch.Generator) -> Iterator[None]:
+    """Dropout knows only the global generator: it is seeded from `generator` inside, and put back."""
+    device = generator.device
+    drawn = int(torch.randint(2**62, (1,), generator=generator, device=device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(drawn)
+        yield
 
 
 def accelerator_for(mixed_precision: str | None, device: torch.device, extra: str) -> Any:

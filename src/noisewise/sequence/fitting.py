@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from noisewise.training import (
     evaluating,
     fingerprint,
     run_fit,
+    seeded_dropout,
 )
 from noisewise.typing import check_count, check_positive
 
@@ -199,7 +199,7 @@ class _SequenceLoss:
     label_smoothing: float
 
     def __call__(self, module: Any, rows: SequenceRows, generator: torch.Generator) -> Tensor:
-        with _dropout_from(generator):
+        with seeded_dropout(generator):
             output = _output(module, rows.x, rows.lengths)
         target, steps = _asked(module, self.task, output, rows)
         if self.task == "classification":
@@ -254,16 +254,6 @@ def _valid(module: Any, output: Tensor, rows: SequenceRows) -> Tensor | None:
 
 def _patch(module: Any) -> int:
     return int(getattr(getattr(module, "module", module), "patch", 1))
-
-
-@contextmanager
-def _dropout_from(generator: torch.Generator) -> Iterator[None]:
-    """Dropout knows only the global generator: it is seeded from `generator` inside, and put back."""
-    device = generator.device
-    drawn = int(torch.randint(2**62, (1,), generator=generator, device=device))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(drawn)
-        yield
 
 
 def _has_statistics(part: nn.Module) -> bool:
