@@ -84,6 +84,24 @@ class FakeEndpoint:
             rows = rows[::-1]
         return rows, [texts[index] for index, _, wrong in rows if wrong is None]
 
+    def listed(self, request, rows):
+        coded = request.get("encoding_format") == "base64"
+        data = []
+        for index, vector, _ in rows:
+            value = base64.b64encode(vector.astype("<f4").tobytes()).decode() if coded else vector.tolist()
+            data.append({"object": "embedding", "index": index, "embedding": value})
+        used = sum(len(text.split()) for text in request["input"])
+        usage = {"prompt_tokens": used, "total_tokens": used}
+        return {"object": "list", "data": data, "model": request["model"], "usage": usage}
+
+    def completion(self, request):
+        prompt = request["messages"][-1]["content"]
+        with self.lock:
+            self.answered[prompt] += 1
+        message = {"role": "assistant", "content": self.chat(prompt)}
+        usage = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
+        return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+
     def _handler(self):
         fake = self
 
@@ -95,9 +113,13 @@ class FakeEndpoint:
 
             def do_GET(self):
                 with fake.lock:
-                    body = json.dumps({"texts": sum(fake.answered.values()), "distinct": len(fake.answered),
-                                       "twice": sum(n > 1 for n in fake.answered.values()),
-                                       "requests": len(fake.requests), "given": {str(k): v for k, v in fake.given.items()}})  # fmt: skip
+                    counts = {
+                        "texts": sum(fake.answered.values()),
+                        "distinct": len(fake.answered),
+                        "requests": len(fake.requests),
+                        "given": {str(name): count for name, count in fake.given.items()},
+                    }
+                body = json.dumps(counts)
                 self.answer(200, body)
 
             def answer(self, status, body, **headers):
@@ -151,21 +173,12 @@ class FakeEndpoint:
                 if fault == "empty":
                     return self.answer(200, '{"data": []}')
                 if self.path.endswith("/chat/completions"):
-                    said = fake.chat(request["messages"][-1]["content"])
-                    with fake.lock:
-                        fake.answered[request["messages"][-1]["content"]] += 1
-                    return self.answer(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}],
-                                                        "usage": {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}}))  # fmt: skip
+                    return self.answer(200, json.dumps(fake.completion(request)))
                 rows, well = fake.embeddings(request, fault)
-                coded = request.get("encoding_format") == "base64"
-                data = [{"object": "embedding", "index": index, "embedding":
-                         base64.b64encode(vector.astype("<f4").tobytes()).decode() if coded else vector.tolist()}
-                        for index, vector, _ in rows]  # fmt: skip
-                used = sum(len(text.split()) for text in request["input"])
+                body = json.dumps(fake.listed(request, rows))
                 with fake.lock:
                     fake.answered.update(well)
-                return self.answer(200, json.dumps({"object": "list", "data": data, "model": request["model"],
-                                                    "usage": {"prompt_tokens": used, "total_tokens": used}}))  # fmt: skip
+                return self.answer(200, body)
 
         return Handler
 

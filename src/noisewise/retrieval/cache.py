@@ -222,23 +222,30 @@ def _prepared(path: str, patience: float) -> sqlite3.Connection:
     """An open cache, made where the file is empty. Raises `RunFolderError` before it changes a file of something else."""
     connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
     try:
-        _check_schema(connection, path)
+        made = _check_schema(connection, path)
+        # before the first table, or it has no effect
         connection.execute(f"PRAGMA page_size = {_PAGE}")
         connection.execute("PRAGMA journal_mode = WAL")
         # a vector costs money and a sync costs a millisecond
         connection.execute("PRAGMA synchronous = FULL")
-        with _transaction(connection):
-            # another process may have made it meanwhile
-            if not _check_schema(connection, path):
-                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-                connection.execute(f"PRAGMA user_version = {_SCHEMA}")
-                connection.execute(
-                    "CREATE TABLE vectors (key BLOB PRIMARY KEY NOT NULL, vector BLOB NOT NULL, crc INTEGER NOT NULL)"
-                )
+        if not made:
+            _make(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _make(connection: sqlite3.Connection, path: str) -> None:
+    with _transaction(connection):
+        # another process may have made it meanwhile
+        if _check_schema(connection, path):
+            return
+        connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+        connection.execute(f"PRAGMA user_version = {_SCHEMA}")
+        connection.execute(
+            "CREATE TABLE vectors (key BLOB PRIMARY KEY NOT NULL, vector BLOB NOT NULL, crc INTEGER NOT NULL)"
+        )
 
 
 def _check_schema(connection: sqlite3.Connection, path: str) -> bool:
