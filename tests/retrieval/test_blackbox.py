@@ -291,6 +291,15 @@ def test_a_fingerprint_is_asked_for_anew_and_tells_models_apart():
         fetched.check_fingerprint(kept[:, :5])
 
 
+def test_precomputed_vectors_have_no_probes_to_compare():
+    fetched = CachedBlackBox((TEXTS, function(TEXTS)))
+    assert fetched.fingerprint().shape == (0, 8)
+    fetched.check_fingerprint(fetched.fingerprint())
+    fetched.check_fingerprint(CachedBlackBox(function).fingerprint())
+    with pytest.raises(NoisewiseError, match="now gives 8 numbers"):
+        fetched.check_fingerprint(np.zeros((0, 9), np.float32))
+
+
 # ---- what can be a black box
 
 

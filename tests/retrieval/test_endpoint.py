@@ -128,6 +128,13 @@ def test_a_server_that_never_recovers_is_named_with_its_last_fault(fault, said):
         assert len(server.requests) == 3
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_loopback(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FakeEndpoint() as server:
+        check(embedded(box(server), TEXTS), TEXTS)
+
+
 def test_a_server_that_is_not_there_is_named():
     with FakeEndpoint() as server:
         url = server.url

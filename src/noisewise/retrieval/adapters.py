@@ -118,6 +118,7 @@ class _Precomputed:
                 raise InvalidInput(f"texts {first} and {row} are the same, but their vectors differ: leave one out")
             digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() + self._vectors[row].tobytes())
         self._name = name or digest.hexdigest()[:16]
+        self.fixed_dim = self._vectors.shape[1]
 
     def __repr__(self) -> str:
         return f"as_black_box(({len(self._rows)} texts, vectors))"

@@ -135,21 +135,32 @@ class CachedBlackBox:
         return replace(asked(missing, kind), texts=len(texts), missing=len(missing))
 
     def fingerprint(self) -> Float[np.ndarray, "probe dim"]:
-        """Unit vectors of eight fixed texts, asked for now and not looked up: what a later model can be told apart by."""
+        """Unit vectors of the eight `PROBES`, asked for now and not looked up: what a later model can be told apart by.
+
+        Precomputed vectors cannot change and know no other texts: they have a fingerprint without rows.
+        """
+        fixed: int | None = getattr(self.black_box, "fixed_dim", None)
+        if fixed is not None:
+            return np.empty((0, fixed), np.float32)
         rows = _Rows(len(PROBES))
         places = {str(index).encode(): [index] for index in range(len(PROBES))}
         self._fetch(list(PROBES), list(places), "document", places, rows, Reporter(False), keep=False)
         return rows.taken(None)
 
     def check_fingerprint(self, kept: Float[np.ndarray, "probe dim"], tolerance: float | int = 1e-3) -> None:
-        """Raise `NoisewiseError` where a probe is now further than `tolerance` (cosine distance) from the `kept` fingerprint."""
+        """Raise `NoisewiseError` where a probe is now further than `tolerance` (cosine distance) from the `kept` fingerprint.
+
+        Where either has no rows, dimensions are all that is compared.
+        """
         now = self.fingerprint()
         name = f"{self.identity.get('provider')}/{self.identity.get('model')}"
-        if now.shape != kept.shape:
+        if now.shape[1] != kept.shape[1] or len({0, len(now), len(kept)}) > 2:
             raise NoisewiseError(
                 f"{name} now gives {now.shape[1]} numbers, the kept fingerprint has shape {tuple(kept.shape)}: the model is "
                 "another one; fit again, with another cache"
             )
+        if not len(now) or not len(kept):
+            return
         distance = 1.0 - (now.astype(np.float64) * kept).sum(1)
         worst = int(distance.argmax())
         if not distance[worst] <= tolerance:
@@ -239,7 +250,8 @@ class _Rows:
                 f"{black_box.identity.get('model')} has vectors of {self._array.shape[1]} and of {len(vector)} numbers under one "
                 "name: the model has changed; give another cache, or dimensions="
             )
-        self._array[places] = vector
+        # a list of one is an index ten times as slow
+        self._array[places if len(places) > 1 else places[0]] = vector
 
     def taken(self, dim: int | None) -> np.ndarray:
         return np.empty((0, dim or 0), np.float32) if self._array is None else self._array

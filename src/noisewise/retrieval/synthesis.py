@@ -192,15 +192,17 @@ def _distinct(
     """Those of `good` that repeat no earlier one that stays."""
     kept: list[int] = []
     seen: set[str] = set()
-    stack = np.empty((len(good), 0 if vectors is None else vectors.shape[1]), np.float32)
+    limit = np.inf if duplicates is None else duplicates
+    # without a black box all cosines are 0
+    rows = np.empty((len(queries), 0), np.float32) if vectors is None else vectors
+    stack = np.empty((len(good), rows.shape[1]), np.float32)
     for index in good:
         words = " ".join(re.findall(r"\w+", queries[index].casefold()))
-        near = vectors is not None and duplicates is not None and len(kept) > 0
-        if words in seen or (near and float((stack[: len(kept)] @ vectors[index]).max()) > duplicates):  # type: ignore
+        nearest = float((stack[: len(kept)] @ rows[index]).max(initial=-1.0))
+        if words in seen or nearest > limit:
             continue
         seen.add(words)
-        if vectors is not None:
-            stack[len(kept)] = vectors[index]
+        stack[len(kept)] = rows[index]
         kept.append(index)
     return kept
 

@@ -185,7 +185,7 @@ class Transport:
             response = self._connections().post(f"{self.base_url}{path}", content=content, headers=headers)
         except httpx.TimeoutException:
             raise TryAgain(f"gave no answer within {self.timeout:g} s") from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise TryAgain(f"could not be reached ({error or type(error).__name__})") from None
         if response.status_code != 200:
             raise self._refusal(response, secret)
@@ -222,7 +222,9 @@ class Transport:
             # sockets of a parent process are not ours
             if self._client is None or self._process != os.getpid():
                 limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-                self._client = httpx.Client(timeout=self.timeout, limits=limits)
+                # a proxy of the environment cannot reach this machine's own servers
+                near = urlsplit(self.base_url).hostname in ("127.0.0.1", "::1", "localhost")
+                self._client = httpx.Client(timeout=self.timeout, limits=limits, trust_env=not near)
                 self._process = os.getpid()
             return self._client
 
