@@ -116,6 +116,15 @@ def test_ctrl_c_keeps_what_was_fetched(tmp_path):
             assert 0 < len(cache) < 200
 
 
+def test_ctrl_c_keeps_an_answer_whose_dimension_nothing_confirms():
+    with FakeEndpoint(delay=0.4) as server:
+        fetched = fetcher(server, workers=1)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            fetched.vectors(TEXTS, "document")
+        assert len(fetched.cache) == server.answered.total() == 4
+
+
 FETCH = """
     import sys
     from noisewise.retrieval.blackbox import CachedBlackBox
@@ -256,6 +265,10 @@ def test_an_estimate_counts_only_what_is_missing_and_makes_no_call():
         found = fetched.estimate([*TEXTS, *TEXTS], "document")
         assert (found.texts, found.missing, found.tokens, found.money) == (40, 15, 750, pytest.approx(750e-6))
         assert str(found).startswith("15 of 40 texts to fetch, about 750 tokens")
+        long = "long" * 9
+        picky = fetcher(server, max_tokens=10, count_tokens=lambda text: 50 if text == long else 1)
+        with pytest.raises(InvalidInput, match=r"text 21 .*has about 50 tokens, but m takes 10"):
+            picky.estimate([TEXTS[0], *TEXTS, long], "document")
         assert len(server.requests) == calls
     assert fetched.missing(TEXTS[:7], "document") == TEXTS[5:7]
     local = CachedBlackBox(function).estimate(["a" * 40], "query")

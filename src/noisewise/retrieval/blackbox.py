@@ -132,7 +132,10 @@ class CachedBlackBox:
         asked: Any = getattr(self.black_box, "estimate", None)
         if asked is None:
             return CostEstimate(len(texts), len(missing), sum(map(count_tokens_roughly, missing)))
-        return replace(asked(missing, kind), texts=len(texts), missing=len(missing))
+        try:
+            return replace(asked(missing, kind), texts=len(texts), missing=len(missing))
+        except UnusableText as error:
+            raise error.at(list(texts).index(error.text)) from None
 
     def fingerprint(self) -> Float[np.ndarray, "probe dim"]:
         """Unit vectors of the eight `PROBES`, asked for now and not looked up: what a later model can be told apart by.
@@ -154,7 +157,7 @@ class CachedBlackBox:
         """
         now = self.fingerprint()
         name = f"{self.identity.get('provider')}/{self.identity.get('model')}"
-        if now.shape[1] != kept.shape[1] or len({0, len(now), len(kept)}) > 2:
+        if now.shape[1] != kept.shape[1] or 0 < len(now) != len(kept) > 0:
             raise NoisewiseError(
                 f"{name} now gives {now.shape[1]} numbers, the kept fingerprint has shape {tuple(kept.shape)}: the model is "
                 "another one; fit again, with another cache"

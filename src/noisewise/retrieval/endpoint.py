@@ -176,16 +176,23 @@ class OpenAICompatible:
 
         stream = Stream(take, lambda batch, stop: self._ask(batch, kind, stop), self.workers)
         settling = _Settling(texts, self._dim, self.transport.retries)
-        for batch, rows in stream:
-            running -= 1
-            found = settling.sort(batch, rows, last=not waiting and not running)
-            self._dim = settling.dim
-            waiting.extendleft(reversed(found.again))
-            if found.error is not None:
-                stream.halt(found.error)
+        try:
+            for batch, rows in stream:
+                running -= 1
+                found = settling.sort(batch, rows, last=not waiting and not running)
+                self._dim = settling.dim
+                waiting.extendleft(reversed(found.again))
+                if found.error is not None:
+                    stream.halt(found.error)
+                if found.positions:
+                    self._texts += len(found.positions)
+                    yield found.positions, np.stack(found.vectors)
+        except (KeyboardInterrupt, Exception):
+            found = settling.rest()
             if found.positions:
                 self._texts += len(found.positions)
                 yield found.positions, np.stack(found.vectors)
+            raise
 
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""
@@ -262,6 +269,17 @@ class _Settling:
                 first, _ = self._held.pop(0)
                 self._again(found, first, "came back in different dimensions")
             return found
+        self._sort_held(found)
+        return found
+
+    def rest(self) -> _Sorted:
+        """Vectors that still waited for a second answer, when none will come."""
+        found = _Sorted()
+        if self._held and self._agree([], last=True):
+            self._sort_held(found)
+        return found
+
+    def _sort_held(self, found: _Sorted) -> None:
         for pieces, vectors in self._held:
             for piece, vector in zip(pieces, vectors, strict=True):
                 fault = self._fault(vector)
@@ -270,7 +288,6 @@ class _Settling:
                 else:
                     self._settle(found, piece, vector)
         self._held = []
-        return found
 
     def _agree(self, rows: list[np.ndarray | None], last: bool) -> bool:
         """Take a vote of this answer; True once the dimension is known, or there is nothing to vote on."""
