@@ -35,7 +35,7 @@ def distil_bm25(
     *,
     steps: int = 200,
     batch_size: int = 64,
-    lr: float | int = 3e-3,
+    lr: float | int = 1e-2,
     scale: float | int = 20.0,
     teacher_scale: float | int = 20.0,
     near: int = 4,

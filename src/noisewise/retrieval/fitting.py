@@ -31,9 +31,11 @@ from noisewise.typing import check_count, check_positive
 __all__ = ["RankingData", "RetrievalFit", "fit_joint"]
 
 _KIND = "retrieval fit"
+# of the loss in what chooses weights: less than any difference of nDCG that some hundred queries can have
+_TRACE = 1e-4
 # passages against which dev queries are ranked in a look: all of a small corpus, of a large one the dev positives and others
 _LOOK_DOCUMENTS = 10_000
-_ENCODED_AT_ONCE = 1024
+_ENCODED_AT_ONCE = 128
 _LARGEST = 2**31
 
 
@@ -148,7 +150,8 @@ def fit_joint(
         "chunk": chunk, "data": _digest(data, rows.pairs), "start": fingerprint(list(ranker.state_dict().values())),
     }  # fmt: skip
     first = {name: weight.detach().clone() for name, weight in joint.named_parameters()}
-    begin = objective.dev_ndcg(joint, held)
+    queries = held.query.unique()
+    least, begin = objective.worth(ranker, queries)
     joint.train()
     fit = Fit(
         ranker, rows, objective, plan, counted=joint, measure=objective.measure, warm_up=config["warm_up"],
@@ -157,8 +160,8 @@ def fit_joint(
     )  # fmt: skip
     result = replace(run_fit(fit, _KIND, config, resume, limit, progress), net=joint)
     joint.eval()
-    end = objective.dev_ndcg(joint, held)
-    if end.mean() < begin.mean():
+    reached, end = objective.worth(ranker, queries)
+    if not reached < least:
         with torch.no_grad():
             for name, weight in joint.named_parameters():
                 weight.copy_(first[name])
@@ -175,7 +178,7 @@ class Ranker(nn.Module):
 
 
 class _JointObjective:
-    """The ranking loss of a batch of pairs, and 1 - nDCG@10 of dev queries."""
+    """The ranking loss of a batch of pairs, and what dev queries have to say."""
 
     def __init__(
         self, data: RankingData, joint: JointEncoder, dev: Pairs, smoothing: float | int, chunk: int | None, seed: int
@@ -195,19 +198,30 @@ class _JointObjective:
 
     def measure(self, ranker: Any, batch: Candidates, generator: torch.Generator) -> Tensor:
         """Of held-out rows."""
-        return 1 - self.dev_ndcg(ranker.encoder, self.dev, batch.queries).mean()
+        return self.worth(ranker, batch.queries)[0]
+
+    def worth(self, ranker: Any, queries: Tensor) -> tuple[Tensor, Float[Tensor, " query"]]:
+        """What is to be least, 1 - nDCG@10 and, to tell equal ones apart, a trace of the loss; and nDCG@10 of each query.
+
+        Few dev queries are often all answered right, by a start that is not yet sure of it too.
+        """
+        values, losses = self.dev_ndcg(ranker, queries)
+        loss = losses.mean()
+        return 1 - values.mean() + _TRACE * loss / (1 + loss), values
 
     @torch.no_grad()
-    def dev_ndcg(self, joint: nn.Module, dev: Pairs, queries: Tensor | None = None) -> Float[Tensor, " query"]:
-        """nDCG@10 of dev queries, by default all, among the passages that a look shows."""
-        queries = dev.query.unique() if queries is None else queries
+    def dev_ndcg(self, ranker: Any, queries: Tensor) -> tuple[Float[Tensor, " query"], Float[Tensor, " query"]]:
+        """nDCG@10 of dev queries, and their loss, among the passages that a look shows."""
+        joint = ranker.encoder
+        found, losses = [], []
         with evaluating(joint):
             d = self._encoded(joint, "document", self.shown, None)
-            parts = [
-                ndcg((self._encoded(joint, "query", some, None) @ d.T).cpu(), dev.grades(some, self.shown))
-                for some in queries.split(_ENCODED_AT_ONCE)
-            ]
-        return torch.cat(parts)
+            for some in queries.split(_ENCODED_AT_ONCE):
+                scores = (self._encoded(joint, "query", some, None) @ d.T).cpu()
+                grades = self.dev.grades(some, self.shown)
+                found.append(ndcg(scores, grades))
+                losses.append(ranking_loss(ranker.scale(scores.to(d)).cpu(), grades).double().expand(len(some)))
+        return torch.cat(found), torch.cat(losses)
 
     def _encoded(self, joint: Any, kind: str, index: Tensor, chunk: int | None) -> Tensor:
         black, features = self.black[kind], self.features[kind]

@@ -22,6 +22,7 @@ __all__ = ["Bags", "WordPieceTable", "trained_tokenizer"]
 
 _NAME = "WordPieceTable"
 _UNKNOWN = "[UNK]"
+_SPECIAL = ("[PAD]", _UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 _VOCABULARY = 30_000
 
 
@@ -93,7 +94,11 @@ class WordPieceTable(nn.Module):
         return self._tokenizer is not None
 
     def prepare(self, documents: Sequence[str]) -> None:
-        """Learn vocabulary and document frequencies of a corpus, and start anew from them."""
+        """Learn vocabulary and document frequencies of a corpus, and start anew from them.
+
+        Training queries belong to it where they have words of their own, which otherwise stay as they start.
+        Raises `InvalidInput` for a corpus without a word piece.
+        """
         documents = list(documents)
         if not documents:
             raise InvalidInput("there is no document to learn word pieces from")
@@ -221,14 +226,25 @@ class WordPieceTable(nn.Module):
 def trained_tokenizer(documents: Sequence[str], vocabulary: int = _VOCABULARY) -> Any:
     """A word-piece tokenizer, of the library tokenizers, that is learned from `documents`: lower case, without accents."""
     tokenizers = require("tokenizers", "retrieval")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=_UNKNOWN))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", _UNKNOWN, "[CLS]", "[SEP]", "[MASK]"]
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=check_count("vocabulary", vocabulary), min_frequency=2, special_tokens=special, show_progress=False
+    normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    letters = sorted(
+        {letter for text in documents for letter in normalizer.normalize_str(text) if not letter.isspace()}
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    # the library numbers letters inside words as it meets them in a hash table of random order, and breaks ties by these
+    # numbers: named as special tokens, in order, they leave nothing to chance
+    first = [*_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=max(check_count("vocabulary", vocabulary), len(first)), min_frequency=2, special_tokens=first,
+        show_progress=False,
+    )  # fmt: skip
+    learner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=_UNKNOWN))
+    learner.normalizer = normalizer
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    learner.train_from_iterator(documents, trainer)
+    # without them as special tokens
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab=learner.get_vocab(), unk_token=_UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
     return tokenizer
 
 
