@@ -6,7 +6,9 @@ As a script: `python fake_endpoint.py RATE`, which prints its address and gives 
 import base64
 import hashlib
 import json
+import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -54,6 +56,16 @@ class FakeEndpoint:
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
+
+    def interrupt_when(self, texts=0, requests=0):
+        """Press Ctrl-C on this process as soon as so many texts were answered and requests have come."""
+
+        def watch():
+            while self.answered.total() < texts or len(self.requests) < requests:
+                time.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def fault(self):
         with self.lock:

@@ -1,11 +1,9 @@
 """Each text is paid for once: by one process, by two, after an interruption, an error and kill -9."""
 
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import numpy as np
@@ -108,7 +106,7 @@ def test_ctrl_c_keeps_what_was_fetched(tmp_path):
     path = tmp_path / "c.sqlite"
     with FakeEndpoint(delay=0.2) as server:
         fetched = fetcher(server, path)
-        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+        server.interrupt_when(texts=8)
         with pytest.raises(KeyboardInterrupt):
             fetched.vectors([f"t {i}" for i in range(200)], "document")
         with EmbeddingCache(path) as cache:
@@ -119,7 +117,7 @@ def test_ctrl_c_keeps_what_was_fetched(tmp_path):
 def test_ctrl_c_keeps_an_answer_whose_dimension_nothing_confirms():
     with FakeEndpoint(delay=0.4) as server:
         fetched = fetcher(server, workers=1)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        server.interrupt_when(requests=1)
         with pytest.raises(KeyboardInterrupt):
             fetched.vectors(TEXTS, "document")
         assert len(fetched.cache) == server.answered.total() == 4

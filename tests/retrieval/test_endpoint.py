@@ -1,9 +1,7 @@
 """An endpoint that fails in every known way is paid once for each text, and its faults are named when they stay."""
 
-import os
 import re
 import signal
-import threading
 import time
 
 import numpy as np
@@ -221,7 +219,7 @@ def test_a_consumer_that_waits_holds_the_endpoint_back():
 def test_ctrl_c_sends_nothing_more_and_brings_what_is_under_way():
     with FakeEndpoint(delay=0.2) as server:
         came = []
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        server.interrupt_when(texts=8)
         with pytest.raises(KeyboardInterrupt):
             for positions, _ in box(server).embed(TEXTS, "document"):
                 came += positions

@@ -1,12 +1,10 @@
 """Queries that a language model wrote: asked for once, kept as they come, believed only when they find their passage."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import numpy as np
@@ -238,7 +236,7 @@ def test_ctrl_c_keeps_every_answer_that_was_paid(tmp_path):
     with FakeEndpoint(delay=0.2) as server:
         server.chat = about
         llm = ChatEndpoint(server.url, "m", **QUICK)
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        server.interrupt_when(texts=2)
         with pytest.raises(KeyboardInterrupt):
             synthesize(CORPUS, llm, out=tmp_path)
         assert 0 < server.answered.total() < 10
