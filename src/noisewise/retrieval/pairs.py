@@ -1,5 +1,6 @@
 """Judged pairs of queries and passages: batches of distinct candidates, splits that share no passage, hard negatives, nDCG."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ __all__ = [
 # of a query's list by the black box, from 1: above it may be right and unjudged, below it is easy; rule 3 of the recipe
 _FIRST, _LAST, _BELOW = 10, 60, 0.95
 _QUERIES_AT_ONCE = 256
+# more documents than any corpus here has
+_WIDTH = 2**31
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,16 @@ class Pairs:
         """Of each query with each document, 0 where no pair is."""
         if not len(self):
             return torch.zeros(len(queries), len(documents))
-        # one number for a pair: found by bisection, so that no table of all queries and documents is made
-        width = 1 + max(int(self.document.max()), int(documents.max()) if len(documents) else 0)
-        keys, order = (self.query * width + self.document).sort()
-        asked = (queries.unsqueeze(1) * width + documents).contiguous()
+        keys, order = self._sorted
+        asked = (queries.unsqueeze(1) * _WIDTH + documents).contiguous()
         at = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
         return torch.where(keys[at] == asked, self.grade[order[at]], 0.0)
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """One number for each pair, in order, so that bisection finds it and no table of all queries and documents is made."""
+        keys, order = (self.query * _WIDTH + self.document).sort()
+        return keys, order
 
 
 @dataclass(frozen=True)

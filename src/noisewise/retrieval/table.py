@@ -1,5 +1,6 @@
 """`WordPieceTable`: a text as the weighted sum of vectors of its word pieces, which trains in seconds on one core."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,8 +216,9 @@ class WordPieceTable(nn.Module):
         """Each different piece of each text: piece, text, and how often it is there, in the order of texts."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         found = [encoding.ids for encoding in encoded]
-        pieces = np.fromiter((piece for ids in found for piece in ids), dtype=np.int64)
-        text = np.repeat(np.arange(len(found)), [len(ids) for ids in found])
+        lengths = [len(ids) for ids in found]
+        pieces = np.fromiter(itertools.chain.from_iterable(found), dtype=np.int64, count=sum(lengths))
+        text = np.repeat(np.arange(len(found)), lengths)
         known = pieces != (-1 if self._unknown is None else self._unknown)
         size = self._tokenizer.get_vocab_size()
         keys, counts = np.unique(text[known] * size + pieces[known], return_counts=True)
