@@ -106,6 +106,7 @@ METHODS = (
         "retrieval",
         "an embedding API that can't be trained; better search",
         "Zhang et al., 2024, arXiv 2402.12177",
+        "noisewise.retrieval.experiments.mafin",
     ),
     Method(
         "apl",

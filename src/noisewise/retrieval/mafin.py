@@ -25,7 +25,7 @@ from noisewise.retrieval.guard import GuardReport
 from noisewise.retrieval.joint import Augment, JointEncoder
 from noisewise.retrieval.lexical import LexicalBlock
 from noisewise.retrieval.pairs import Pairs
-from noisewise.retrieval.selection import Selector
+from noisewise.retrieval.selection import Selector, check_form
 from noisewise.retrieval.table import WordPieceTable
 from noisewise.typing import check_count
 
@@ -83,7 +83,7 @@ class Mafin:
         dev: Mapping[str, Mapping[str, int]] | None = None,
         *,
         search: Mapping[str, Any] | None = None,
-        guard: bool = True,
+        form: str | None = None,
         distil: int = 200,
         resume: str | Path | None = None,
         progress: bool = False,
@@ -94,8 +94,8 @@ class Mafin:
         `corpus[id]`: {"title", "text"} or a text; `qrels[query][document] = grade`, above 0 being relevant, or pairs (query id,
         document id). `dev`: judgements to choose on, of other queries and other passages; by default a fifth of the queries is
         held out where that is 50 or more, and else all are used by cross-fitting. `search`: the corpus that will be searched,
-        where it is another one: what needs no labels is learned from it. `guard`: False builds what was asked for, unjudged.
-        `distil`: label-free training steps by which a trainable part starts as a copy of BM25, 0 for none. `resume`: a folder,
+        where it is another one: what needs no labels is learned from it. `form`: a row of the guard's table, such as "Mafin",
+        to build unjudged; None leaves the choice to the guard. `distil`: label-free training steps by which a trainable part starts as a copy of BM25, 0 for none. `resume`: a folder,
         from which the same call goes on after a crash. `options`: of `fit_joint`, such as epochs, lr, batch_size, hard_negatives.
 
         Raises `InvalidInput` for fewer than 20 pairs, ids that have no text, empty texts, and options there are not;
@@ -106,6 +106,8 @@ class Mafin:
             raise InvalidInput(f"there is no option {unknown[0]!r} of a fit; there are {', '.join(_OPTIONS)}")
         seed = check_count("seed", self.seed, 0)
         table, lexical = _parts(self.augment, seed)
+        if form is not None:
+            check_form(form, table, lexical)
         passages, asked = _corpus(corpus), dict(queries)
         judged, held = _qrels(qrels), {} if dev is None else _qrels(dev)
         twice = sorted(judged.keys() & held.keys())
@@ -139,7 +141,7 @@ class Mafin:
         folder = None if resume is None else Path(resume)
         apart = Pairs.of(held, names, documents) if held else None
         selector = Selector(data, apart, table, lexical, self.weighting, options, seed, folder, progress)
-        chosen = selector.select() if guard else selector.build()
+        chosen = selector.select() if form is None else selector.build(form)
         self.form_, self.report_, self.fits_ = chosen.form, chosen.report, chosen.fits
         self.choice_ = self.form_.name
         self.fingerprint_ = torch.from_numpy(box.fingerprint())

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from noisewise.errors import InvalidInput
 from noisewise.retrieval.fitting import RankingData, RetrievalFit, fit_joint
 from noisewise.retrieval.forms import Form
 from noisewise.retrieval.guard import Candidate, GuardReport, choose
@@ -18,17 +19,44 @@ from noisewise.retrieval.joint import JointEncoder
 from noisewise.retrieval.lexical import LexicalBlock
 from noisewise.retrieval.pairs import Pairs, folds_by_passage, ndcg, split_by_passage
 
-__all__ = ["Selection", "Selector"]
+__all__ = [
+    "ALONE",
+    "BLACK",
+    "CONCATENATION",
+    "FORMS",
+    "FUSION",
+    "LAMBDA",
+    "MAFIN",
+    "MAFIN_WORDS",
+    "WEIGHTS",
+    "WORDS",
+    "Selection",
+    "Selector",
+    "check_form",
+]
 
 # a share of labelled queries smaller than this, and every one of them is judged on by cross-fitting
 _ENOUGH, _SHARE, _FOLDS = 50, 0.2, 5
 # weights of words, and of a small model, beside what is there already
-_WEIGHTS = tuple(0.05 * 2 ** (i / 2) for i in range(20))
+WEIGHTS = tuple(0.05 * 2 ** (i / 2) for i in range(20))
 # weighting=w of a joint encoder that is its small part alone: the black box counts 1 / w^2
-_ALONE = 1e4
+ALONE = 1e4
 
 BLACK, WORDS, CONCATENATION, FUSION = "black box", "black box + words", "concatenation", "late fusion"
-MAFIN, LAMBDA, MAFIN_WORDS, BM25_ALONE = "Mafin", "lambda-Mafin", "Mafin + words", "BM25"
+MAFIN, LAMBDA, MAFIN_WORDS, BM25ALONE = "Mafin", "lambda-Mafin", "Mafin + words", "BM25"
+FORMS = (BLACK, WORDS, CONCATENATION, FUSION, MAFIN, LAMBDA, MAFIN_WORDS)
+# what is trained for a candidate
+_TRAINED = {FUSION: FUSION, MAFIN: MAFIN, LAMBDA: LAMBDA, MAFIN_WORDS: MAFIN}
+
+
+def check_form(name: str, augment: Any, lexical: LexicalBlock | None) -> None:
+    """Raise `InvalidInput` for a name of no form, and for one whose parts are not there."""
+    if name not in FORMS:
+        raise InvalidInput(f"there is no form {name!r}; there are {', '.join(FORMS)}")
+    small_missing = name not in (BLACK, WORDS) and augment is None
+    if small_missing or (name in (WORDS, MAFIN_WORDS) and lexical is None):
+        part = "trainable part" if small_missing else "LexicalBlock"
+        raise InvalidInput(f"form {name!r} needs a {part} among the augments")
 
 
 @dataclass(frozen=True)
@@ -83,20 +111,23 @@ class Selector:
         candidates, weights = self._judge(held, fold, trained)
         crossed = f"{_FOLDS}-fold cross-fitting, so that every labelled query counts" if len(parts) > 1 else ""
         report = choose(candidates, len(self.labelled), notes=(f"By {crossed}.",) if crossed else ())
-        return Selection(self._built(report.choice, weights, parts), report, self.fits)
+        pairs = parts[0][0] if len(parts) == 1 else self.data.pairs
+        return Selection(self._built(report.choice, weights, pairs), report, self.fits)
 
-    def build(self) -> Selection:
-        """What was asked for, unjudged: trained on all pairs, words weighted on all of them."""
-        name = (MAFIN if self.weighting != "lambda" else LAMBDA) if self.augment is not None else WORDS
-        joint = None if self.augment is None else self._fit(name, self.weighting, self.data.pairs)
-        if self.lexical is None:
-            return Selection(Form(name, self.black_dim, joint), None, self.fits)
-        base = self.by_black if joint is None else self._scores(joint, torch.arange(len(self.data.queries)))
-        assert self.by_words is not None
-        values = self._weighed(base[self.labelled], self.by_words[self.labelled], self.labelled)
-        name = name if joint is None else f"{name} + words"
-        form = Form(name, self.black_dim, joint, self.lexical, _WEIGHTS[int(values.mean(1).argmax())])
-        return Selection(form, None, self.fits)
+    def build(self, name: str) -> Selection:
+        """One candidate by its name, unjudged. Its weight is chosen on held-out queries."""
+        pairs, held = self._split(self.data.pairs) if self.dev is None else self._parts()[0]
+        trained, weights = _TRAINED.get(name), {}
+        small = None if trained is None else self._scores(self._fit(trained, self._weightings()[trained], pairs), held)
+        words = None if self.by_words is None else self.by_words[held]
+        beside = {
+            WORDS: (self.by_black[held], words), FUSION: (self.by_black[held], small), MAFIN_WORDS: (small, words)
+        }  # fmt: skip
+        if name in beside:
+            base, other = beside[name]
+            assert base is not None and other is not None
+            weights[name] = WEIGHTS[int(self._weighed(base, other, held).mean(1).argmax())]
+        return Selection(self._built(name, weights, pairs), None, self.fits)
 
     def _parts(self) -> list[tuple[Pairs, Int[Tensor, " query"]]]:
         """(pairs to learn from, queries to judge on): one split where that holds enough queries, else several folds."""
@@ -105,9 +136,12 @@ class Selector:
             held = torch.isin(pairs.query, self.dev.query)
             return [(pairs[(~held).nonzero().flatten()], self.dev.query.unique())]
         if _SHARE * len(self.labelled) >= _ENOUGH:
-            training, held = split_by_passage(pairs, _SHARE, self.seed)
-            return [(training, held.query.unique())]
+            return [self._split(pairs)]
         return [(training, held.query.unique()) for training, held in folds_by_passage(pairs, _FOLDS, self.seed)]
+
+    def _split(self, pairs: Pairs) -> tuple[Pairs, Int[Tensor, " query"]]:
+        training, held = split_by_passage(pairs, _SHARE, self.seed)
+        return training, held.query.unique()
 
     def _judge(
         self, held: Int[Tensor, " query"], fold: Int[Tensor, " query"], trained: dict[str, Tensor]
@@ -120,11 +154,14 @@ class Selector:
 
         def weighed(name: str, base: Tensor, other: Tensor, added: int) -> None:
             table = self._weighed(base, other, held)
-            weights[name] = _WEIGHTS[int(table.mean(1).argmax())]
+            weights[name] = WEIGHTS[int(table.mean(1).argmax())]
             found.append(Candidate(name, _cross_fitted(table, fold), added, f"weight {weights[name]:.2g}"))
 
         if self.by_words is not None:
             weighed(WORDS, black, self.by_words[held], words)
+            # nothing of it was trained, so every labelled query may say what the final weight is
+            every = self._weighed(self.by_black[self.labelled], self.by_words[self.labelled], self.labelled)
+            weights[WORDS] = WEIGHTS[int(every.mean(1).argmax())]
         if trained:
             for name in (CONCATENATION, FUSION, MAFIN, LAMBDA):
                 if name == FUSION:
@@ -135,7 +172,7 @@ class Selector:
                 weighed(MAFIN_WORDS, trained[MAFIN], self.by_words[held], small + words)
         if self.by_words is not None:
             alone = ndcg(self.by_words[held], grades).numpy()
-            found.append(Candidate(BM25_ALONE, alone, note="not beside the black box", reference=True))
+            found.append(Candidate(BM25ALONE, alone, note="not beside the black box", reference=True))
         return found, weights
 
     def _trained(self, parts: list[tuple[Pairs, Int[Tensor, " query"]]]) -> dict[str, Tensor]:
@@ -152,19 +189,19 @@ class Selector:
 
     def _weightings(self) -> dict[str, str | float | int]:
         plain = "equal" if self.weighting == "lambda" else self.weighting
-        return {FUSION: _ALONE, MAFIN: plain, LAMBDA: "lambda"}
+        return {FUSION: ALONE, MAFIN: plain, LAMBDA: "lambda"}
 
     # ---- built
 
-    def _built(self, name: str, weights: dict[str, float], parts: list[tuple[Pairs, Int[Tensor, " query"]]]) -> Form:
-        """The chosen form, its small model trained on everything where folds were only for judging."""
+    def _built(self, name: str, weights: dict[str, float], pairs: Pairs) -> Form:
+        """The form of that name, its small model trained on `pairs`."""
         if name in (BLACK, WORDS):
             words = self.lexical if name == WORDS else None
             return Form(name, self.black_dim, None, words, weights.get(name, 0.0))
         if name == CONCATENATION:
             return Form(name, self.black_dim, JointEncoder(self.augment, self.black_dim).eval())
-        trained = MAFIN if name == MAFIN_WORDS else name
-        joint = self._fit(trained, self._weightings()[trained], parts[0][0] if len(parts) == 1 else self.data.pairs)
+        trained = _TRAINED[name]
+        joint = self._fit(trained, self._weightings()[trained], pairs)
         if name == FUSION:
             # the score cos_b + w cos_t is that of a constant weighting sqrt w
             joint = JointEncoder(joint.augment, self.black_dim, math.sqrt(weights[name])).eval()
@@ -195,7 +232,7 @@ class Selector:
     def _weighed(self, base: Tensor, other: Tensor, queries: Int[Tensor, " query"]) -> Float[Tensor, "weight query"]:
         """The criterion of each query for every weight of `other` beside `base`."""
         grades = self.grades[queries]
-        return torch.stack([ndcg(base + weight * other, grades) for weight in _WEIGHTS])
+        return torch.stack([ndcg(base + weight * other, grades) for weight in WEIGHTS])
 
 
 def _cross_fitted(values: Float[Tensor, "weight query"], fold: Int[Tensor, " query"]) -> Float[np.ndarray, " query"]:

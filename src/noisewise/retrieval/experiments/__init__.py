@@ -1,0 +1,3 @@
+"""What `noisewise compare` runs for retrieval, a method to a folder."""
+
+__all__: list[str] = []
