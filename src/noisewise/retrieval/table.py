@@ -214,7 +214,9 @@ class WordPieceTable(nn.Module):
 
     def _pieces(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Each different piece of each text: piece, text, and how often it is there, in the order of texts."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        # a word has a piece at least: what lies behind the first words would be cut off after the work was done
+        read = [" ".join(text.split(None, self.max_pieces)[: self.max_pieces]) for text in texts]
+        encoded = self._tokenizer.encode_batch_fast(read, add_special_tokens=False)
         found = [encoding.ids for encoding in encoded]
         lengths = [len(ids) for ids in found]
         pieces = np.fromiter(itertools.chain.from_iterable(found), dtype=np.int64, count=sum(lengths))
