@@ -24,6 +24,7 @@ from noisewise.diffusion.cli import diffusion_app
 from noisewise.energy.cli import energy_app
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
 from noisewise.neural.cli import neural_app
+from noisewise.retrieval.cli import retrieval_app
 from noisewise.sampling.cli import sample_command
 from noisewise.sequence.cli import sequence_app
 from noisewise.typing import check_count
@@ -151,6 +152,7 @@ app.command("sample")(sample_command)
 app.add_typer(diffusion_app, name="diffusion")
 app.add_typer(energy_app, name="energy")
 app.add_typer(neural_app, name="neural")
+app.add_typer(retrieval_app, name="retrieval")
 app.add_typer(sequence_app, name="sequence")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
