@@ -1,13 +1,17 @@
 """BM25 is the textbook's, agrees with bm25s, and weighs new passages with frozen statistics."""
 
 import math
+import os
+from pathlib import Path
 
 import bm25s
 import numpy as np
 import pytest
 
 from noisewise.errors import InvalidInput
+from noisewise.retrieval.beir import load_beir, text_of
 from noisewise.retrieval.bm25 import BM25, words_of
+from noisewise.retrieval.evaluation import evaluate
 
 PASSAGES = [
     "Rivers carry water to the sea; the river Ouse carries most of it.",
@@ -121,3 +125,18 @@ def test_settings_that_cannot_work_are_refused(options, message):
 def test_passages_without_words_are_refused(documents):
     with pytest.raises(InvalidInput, match="without a single word"):
         BM25.of(documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"), [("tenk-uber", 0.805), ("covidqa", 0.634), ("scifact-mini", 0.745), ("xquad-en", 0.964)]
+)
+def test_real_sets_score_as_a_prototype_did(name, value):
+    # nDCG@10 of the test split with an implementation of other hands and its own word splitting
+    folder = Path(os.environ.get("NOISEWISE_DATA", "")) / name
+    if not os.environ.get("NOISEWISE_DATA") or not folder.is_dir():
+        pytest.skip(f"set NOISEWISE_DATA to a folder that holds {name}, a data set in the layout of BEIR")
+    corpus, queries, qrels = load_beir(folder)
+    scores = BM25.of([text_of(document) for document in corpus.values()]).scores([queries[q] for q in qrels["test"]])
+    run = {q: dict(zip(corpus, row.tolist(), strict=True)) for q, row in zip(qrels["test"], scores, strict=True)}
+    assert evaluate(qrels["test"], run).mean["nDCG@10"].value == pytest.approx(value, abs=0.01)

@@ -116,6 +116,17 @@ def test_words_that_the_singular_vectors_leave_out_survive():
     assert apart[0, 0] > 2 * apart[0, 1].abs()
 
 
+def test_less_of_what_only_queries_have_is_less_noise(monkeypatch):
+    texts, queries = invented(passages=200, vocabulary=1500)
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(lexical, "_OUTSIDE", share)
+        blocks = [LexicalBlock(dim=65, language=None, seed=seed).fit(texts) for seed in range(5)]
+        products = [(block.encode_query(queries) @ block.encode_document(texts).T).numpy() for block in blocks]
+        errors.append(np.mean([np.square(product - blocks[0].bm25_.scores(queries)).mean() for product in products]))
+    assert errors == sorted(errors)
+
+
 def test_more_coordinates_are_nearer():
     texts, queries = invented(passages=200, vocabulary=600)
     exact = BM25.of(texts, language=None).scores(queries)

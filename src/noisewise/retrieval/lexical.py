@@ -19,6 +19,9 @@ __all__ = ["LexicalBlock"]
 _EXACT_SVD = 4000
 # singular values below this share of the largest are what rounding leaves of linearly dependent passages
 _RANK = 1e-6
+# share of a query's part outside the span of the corpus that its signs keep: for passages of the corpus that part is noise
+# only, for later ones it is signal too
+_OUTSIDE = 0.5
 # a passage that weighs this much more than any at fit loses enough of its score to be worth a word
 _HEAVY = 1.1
 
@@ -34,17 +37,26 @@ class LexicalBlock:
 
     R holds right singular vectors of the corpus's weights and, so that words which they leave out survive, random signs
     applied to the residual: half and half, or all singular vectors there are where they fit. The idf stands wholly on the
-    query's side, which projects better. Passages that come later are weighted with the statistics of the corpus; one with
-    |l(d) R| > M is scaled down to M, with a `NoisewiseWarning` from 1.1 M on.
+    query's side, which projects better. Of what a query has outside the span of the corpus's weights, which passages of the
+    corpus meet as noise, its signs keep one half (all of it where all singular vectors fit, and beyond 4,000 passages):
+    products stay unbiased for the corpus, and later passages are still found by words in new company.
+
+    Passages that come later are weighted with the statistics of the corpus; one with |l(d) R| > M is scaled down to M, with a
+    `NoisewiseWarning` from 1.1 M on.
 
     `dim`: coordinates, the slack included, at least 2. `language`: of stop list and stemmer, see `words_of`. `seed`: of the
-    random signs. Keeps 4 bytes for each term and coordinate, 80 MB for 20,000 terms at 1,024.
+    random signs. Keeps 8 bytes for each term and coordinate, 160 MB for 20,000 terms at 1,024.
     Source: slack coordinate: Bachrach et al., RecSys 2014; signs: Achlioptas, JCSS 66(4), 2003; singular vectors: Deerwester
     et al., JASIS 41(6), 1990.
     """
 
     bm25_: BM25
     max_norm_: float
+    _basis: np.ndarray
+    _signs: np.ndarray
+    _query_signs: np.ndarray | None
+    _document_projection: np.ndarray
+    _query_projection: np.ndarray
 
     def __init__(self, dim: int = 1024, language: str | None = "english", seed: int = 0) -> None:
         self.dim = dim
@@ -65,14 +77,17 @@ class LexicalBlock:
         else:
             basis = _right_singular_vectors(weights, max(1, room // 2), self.seed)
         self._assemble(basis.astype(np.float32), _sign_bits(len(self.bm25_.terms), room - basis.shape[1], self.seed))
+        if min(weights.shape) > room and weights.shape[0] <= _EXACT_SVD:
+            own = _towards_span(weights, self._document_projection[:, basis.shape[1] :])
+            self._assemble(self._basis, self._signs, own)
         # float32 like all that is encoded later, so that no passage of the corpus exceeds M
-        self.max_norm_ = float(np.linalg.norm(self._projected(weights), axis=1).max())
+        self.max_norm_ = float(np.linalg.norm(_projected(weights, self._document_projection), axis=1).max())
         return self
 
     def encode_document(self, texts: Sequence[str]) -> Float[Tensor, "text dim"]:
         """Unit rows, float32: projected weights over M, then the slack. A text without a known word is all slack."""
         self._check_fitted()
-        rows = self._projected(self.bm25_.document_weights(texts)) / self.max_norm_
+        rows = _projected(self.bm25_.document_weights(texts), self._document_projection) / self.max_norm_
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         if heavy := int((norms > _HEAVY).sum()):
             warnings.warn(
@@ -88,7 +103,7 @@ class LexicalBlock:
     def encode_query(self, texts: Sequence[str]) -> Float[Tensor, "text dim"]:
         """Rows of their own lengths, float32: M times the projected weights, then 0. A query without a known word is 0."""
         self._check_fitted()
-        rows = self._projected(self.bm25_.query_weights(texts)) * self.max_norm_
+        rows = _projected(self.bm25_.query_weights(texts), self._query_projection) * self.max_norm_
         return torch.from_numpy(np.hstack([rows, np.zeros((len(texts), 1))]).astype(np.float32))
 
     def config(self) -> dict[str, Any]:
@@ -98,9 +113,11 @@ class LexicalBlock:
         return own | {"bm25": self.bm25_.config()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Vocabulary, idf, singular vectors (float32, `[term, kept]`) and random signs (one bit each)."""
+        """Vocabulary, idf, singular vectors (float32, `[term, kept]`), random signs (one bit each), the queries' own signs."""
         self._check_fitted()
         own = {"basis": torch.from_numpy(self._basis), "signs": torch.from_numpy(self._signs)}
+        if self._query_signs is not None:
+            own["query_signs"] = torch.from_numpy(self._query_signs)
         return {f"bm25.{key}": value for key, value in self.bm25_.tensors().items()} | own
 
     @classmethod
@@ -110,24 +127,28 @@ class LexicalBlock:
         numbers = {key.removeprefix("bm25."): value for key, value in tensors.items() if key.startswith("bm25.")}
         block.bm25_ = BM25.from_saved(config["bm25"], numbers)
         block.max_norm_ = config["max_norm"]
-        block._assemble(tensors["basis"].numpy(), tensors["signs"].numpy())
+        query_signs = tensors["query_signs"].numpy() if "query_signs" in tensors else None
+        block._assemble(tensors["basis"].numpy(), tensors["signs"].numpy(), query_signs)
         return block
 
-    def _assemble(self, basis: np.ndarray, signs: np.ndarray) -> None:
-        self._basis, self._signs = basis, signs
+    def _assemble(self, basis: np.ndarray, signs: np.ndarray, query_signs: np.ndarray | None = None) -> None:
+        self._basis, self._signs, self._query_signs = basis, signs, query_signs
         room = self.dim - 1 - basis.shape[1]
-        self._projection = np.hstack([basis, _on_residual(basis, _unpacked(signs, room))])
-
-    def _projected(self, weights: Any) -> np.ndarray:
-        """Rows times R, in float64, touching only the rows of R that the texts need: a query needs a handful."""
-        used, columns = np.unique(weights.indices, return_inverse=True)
-        sparse = require("scipy.sparse", "retrieval")
-        compact = sparse.csr_array((weights.data, columns, weights.indptr), shape=(weights.shape[0], len(used)))
-        return compact @ self._projection[used].astype(np.float64)
+        self._document_projection = np.hstack([basis, _on_residual(basis, _unpacked(signs, room))])
+        shared = query_signs is None
+        self._query_projection = self._document_projection if shared else np.hstack([basis, query_signs])
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "max_norm_"):
             raise InvalidInput("this LexicalBlock has seen no passages; call fit(documents) first")
+
+
+def _projected(weights: Any, projection: np.ndarray) -> np.ndarray:
+    """Rows times R, in float64, touching only the rows of R that the texts need: a query needs a handful."""
+    used, columns = np.unique(weights.indices, return_inverse=True)
+    sparse = require("scipy.sparse", "retrieval")
+    compact = sparse.csr_array((weights.data, columns, weights.indptr), shape=(weights.shape[0], len(used)))
+    return compact @ projection[used].astype(np.float64)
 
 
 def _right_singular_vectors(weights: Any, k: int, seed: int) -> np.ndarray:
@@ -171,3 +192,13 @@ def _unpacked(bits: np.ndarray, columns: int) -> np.ndarray:
 def _on_residual(basis: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """(I - V V^T) S: what the signs see of a text once its part within the singular vectors is taken out."""
     return signs - basis @ (basis.T @ signs)
+
+
+def _towards_span(weights: Any, signs: np.ndarray) -> np.ndarray:
+    """The columns `signs` with only the share `_OUTSIDE` of what is orthogonal to all rows of `weights`."""
+    linalg = require("scipy.linalg", "retrieval")
+    gram = (weights @ weights.T).toarray()
+    # the ridge is for passages that come twice; far below what could be seen
+    gram[np.diag_indices_from(gram)] += 1e-9 * np.trace(gram) / len(gram)
+    inside = weights.T @ linalg.solve(gram, weights @ signs.astype(np.float64), assume_a="pos")
+    return (_OUTSIDE * signs + (1 - _OUTSIDE) * inside).astype(np.float32)
