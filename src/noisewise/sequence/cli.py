@@ -285,7 +285,12 @@ def predict_command(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([names, *rows])
         write_atomically(out, file.getvalue())
-    facts = {"out": str(out), "rows": len(found), "cut_rows": int(found.cut.sum()), "seconds_per_row": answers.seconds}
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "rows": len(found),
+        "cut_rows": int(found.cut.sum()),
+        "seconds_per_row": answers.seconds,
+    }
     if preparation.classes:
         answered = [row[1] for row in rows]
         facts["counts"] = {name: answered.count(name) for name in preparation.classes}
