@@ -103,7 +103,7 @@ def test_unequal_rows_are_cross_validated_at_one_length(form):
     rows[0] = x[0]
     quick = {**SMALL, "epochs": 6}
     assert np.isfinite(cross_val_score(SequenceClassifier(**quick, length=40), form(rows), y, cv=2)).all()
-    with pytest.raises(InvalidInput, match="row 0 of X has 40 steps.* fit had 15.*length=40"):
+    with pytest.raises(InvalidInput, match=r"row 0 of X has 40 steps.* fit had 15.*length=40"):
         cross_val_score(SequenceClassifier(**quick), form(rows), y, cv=2, error_score="raise")
 
 

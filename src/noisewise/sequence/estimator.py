@@ -235,7 +235,9 @@ class SequenceClassifier(_base.ClassifierMixin, _SequenceEstimator):  # type: ig
         try:
             self.classes_, codes = np.unique(labels, return_inverse=True)
         except TypeError as error:
-            raise InvalidInput(f"y holds labels that cannot be sorted ({error}): give numbers only, or strings") from error
+            raise InvalidInput(
+                f"y holds labels that cannot be sorted ({error}): give numbers only, or strings"
+            ) from error
         if len(self.classes_) < 2:
             raise InvalidInput(f"y holds one class only ({labels[:1].tolist()}): give rows of two or more")
         self._fit(X, torch.as_tensor(codes))
@@ -304,7 +306,7 @@ class SequenceRegressor(_base.RegressorMixin, _SequenceEstimator):  # type: igno
 
 
 def _as_signals(X: Any, most: int | None) -> tuple[Tensor, Tensor | None]:
-    """(row, channel, step) in float32 of at most `most` steps, padded with zeros, and the length of each row where they differ."""
+    """(row, channel, step) in float32, cut to `most` steps, padded with zeros, and the length of each row where they differ."""
     # unequal rows in an array
     listed = list(X) if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1 else X
     if isinstance(listed, list | tuple):
