@@ -205,9 +205,8 @@ class SequenceModel(nn.Module):
         by_batch = {"norm": (layers[0].norm, "kernel"), "block_norm": (block_norm, "layer")}
         leaks = {name: other for name, (own, other) in by_batch.items() if own == "batch"}
         if leaks:
-            given, remedy = (" and ".join(f"{name}='{one}'" for name, one in pairs) for pairs in (
-                [(name, "batch") for name in leaks], leaks.items()
-            ))  # fmt: skip
+            given = " and ".join(f"{name}='batch'" for name in leaks)
+            remedy = " and ".join(f"{name}='{other}'" for name, other in leaks.items())
             warnings.warn(
                 f"pool=None with {given}: statistics of the batch let every step hear later ones in training, so a model that "
                 f"predicts its next input learns to read the answer there, and fails in use; build it with {remedy}",
