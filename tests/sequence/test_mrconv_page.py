@@ -1,5 +1,6 @@
 """The method's page: its figures are those that were recorded."""
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -14,6 +15,18 @@ DIGITS, SPEAKER, TIMED = "spoken digits", "spoken digits, a new speaker", "spoke
 ACCURACIES = (DIGITS, SPEAKER, TIMED, "ListOps, small", "handwritten digits, row by row")
 TARGETS = ("smooth", "echoes", "both")
 HALF = "NMSE at half the rate"
+LENGTHS = ("1024", "4096", "16384")
+# systems of the benchmark, for a training step, memory and use
+SPEEDS = {
+    "torch's own derivative": ("free kernel, torch's own derivative", "free kernel, torch's own derivative", None),
+    "MRConv": ("exact statistics", "exact statistics", "merged"),
+    "full-support statistics": ("full-support statistics", "full-support statistics", None),
+    "norm of kernels": ("norm of kernels", "norm of kernels", None),
+    "by branches, as published": ("branches", "branches", None),
+    "S4D, plain": ("S4D", "S4D", "S4D, its kernel generated"),
+    "SGConv": ("SGConv", "SGConv", "SGConv, its kernel generated"),
+    "MultiresNet": ("MultiresNet", "MultiresNet", "MultiresNet"),
+}
 # what the text says, and the means that it says it of
 SAID = (
     (r"in (\d+) seconds against (\d+)", [(DIGITS, "MRConv fourier", "training seconds"), (DIGITS, "S4D", "training seconds")]),
@@ -50,7 +63,7 @@ def tables() -> list[dict[str, list[str]]]:
             found += [{}] * bool(found[-1])
             continue
         name, *cells = [cell.strip().replace("*", "") for cell in line.strip("|").split("|")]
-        if set(name) != {"-"} and not name.startswith(("accuracy", "error")):
+        if set(name) != {"-"} and not name.startswith(("accuracy", "error", "in plain")):
             found[-1][name] = cells
     return [table for table in found if table]
 
@@ -93,6 +106,19 @@ def test_numbers_in_the_text_are_what_was_recorded(pattern, keys):
     numbers = re.search(pattern, " ".join(measured().split())).groups()
     for number, key in zip(numbers, keys, strict=True):
         assert agrees(number, statistics.fmean(values[key])), (number, key)
+
+
+def test_the_table_of_speeds_is_what_was_recorded():
+    found = json.loads((DOCS.parent / "benchmarks" / "results" / "mrconv.json").read_text(encoding="utf-8"))
+    parts = (("training_step", "median"), ("saved_for_backward", "ratio"), ("inference", "median"))
+    table = tables()[2]
+    assert len(table) == len(SPEEDS)
+    for name, cells in table.items():
+        for (part, key), cell, system in zip(parts, cells, SPEEDS[name], strict=True):
+            numbers = cell.replace("merged", "").split("/") if system is not None else []
+            for number, length in zip(numbers, LENGTHS, strict=False):
+                assert agrees(number, found[part][length][system][key]), (name, part, length)
+            assert len(numbers) in (0, 3)
 
 
 def test_merging_changed_no_prediction():
