@@ -41,13 +41,25 @@ def claim(out: Path, command: dict[str, Any], own: tuple[str, ...]) -> None:
     record = out / COMMAND
     if record.is_file():
         before = read_command(record)
-        for name in command:
-            if before.get(name) != command[name]:
-                said = [repr(value) if value is not None else "nothing" for value in (before.get(name), command[name])]
-                raise RunFolderError(
-                    f"{out} holds a {before.get('command')} with {name} {said[0]}, but {said[1]} was asked for; choose another "
-                    "folder, or give the same command to go on"
-                )
+        differing = [name for name in command if before.get(name) != command[name]]
+        # what was read may differ because an option does, and a digest tells nobody anything
+        told = [name for name in differing if not name.endswith("_sha256")]
+        if told:
+            old, new = (
+                [repr(one.get(name)) if one.get(name) is not None else "nothing" for name in told]
+                for one in (before, command)
+            )
+            held = " and ".join(f"{name} {value}" for name, value in zip(told, old, strict=True))
+            wanted = f"{' and '.join(new)} {'were' if told[1:] else 'was'}"
+            raise RunFolderError(
+                f"{out} holds a {before.get('command')} with {held}, but {wanted} asked for; choose another folder, or give the "
+                "same command to go on"
+            )
+        if differing:
+            raise RunFolderError(
+                f"{out} holds a {before.get('command')} with other contents of {differing[0].removesuffix('_sha256')} than there "
+                "are now; choose another folder, or bring them back to go on"
+            )
         return
     refuse_file(out)
     if out.exists() and any(out.iterdir()):

@@ -1,5 +1,7 @@
 """Exported modules compute what the eager ones do."""
 
+import logging
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -39,6 +41,16 @@ def test_onnx_gives_the_same_for_any_number_of_rows(tmp_path, length, bidirectio
         found = session.run(["output"], {"input_0": x[:rows].numpy()})[0]
         with torch.no_grad():
             np.testing.assert_allclose(found, module(x[:rows]).numpy(), rtol=1e-4, atol=2e-5)
+
+
+def test_the_exporter_keeps_its_remarks_to_itself(tmp_path, caplog):
+    # they were written for people who develop exporters
+    with caplog.at_level(logging.DEBUG):
+        logger = logging.getLogger("torch.onnx")
+        before = logger.level
+        export_onnx(nn.Linear(3, 2).eval(), torch.randn(2, 3), tmp_path / "m.onnx")
+        assert logger.level == before
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == []
 
 
 def test_the_module_itself_is_untouched(tmp_path):

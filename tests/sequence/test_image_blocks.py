@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from noisewise.errors import InvalidInput
-from noisewise.sequence import ImageMRConv, LongConv, merge_layers, swap_layers
+from noisewise.sequence import ImageMRConv, LongConv, MRConv, merge_layers, swap_layers
 
 LONG = functools.partial(ImageMRConv, kernel_size=8)
 
@@ -65,7 +65,7 @@ def check_swapped(net, names, logits, examples):
     return before
 
 
-def test_convnext_with_long_convolutions():
+def test_convnext_with_long_convolutions(tmp_path):
     net = convnext().train()
     names = swap_layers(net, LONG, sizes=images())
     assert names == ["1.dwconv", "3.dwconv", "4.dwconv"]
@@ -78,9 +78,12 @@ def test_convnext_with_long_convolutions():
     for name in ("skip", "kernels.fourier_0"):
         assert not torch.equal(*(net[index].dwconv.conv.get_parameter(name) for index in (3, 4)))
     before = check_swapped(net, names, lambda model, x: model(x), images(seed=5))
-    fresh = convnext()
-    swap_layers(fresh, LONG, sizes=images())
-    fresh.load_state_dict(net.state_dict())
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        fresh = convnext()
+    swap_layers(fresh, LONG, sizes=torch.zeros(1, 3, 32, 32), seed=1)
+    fresh.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
     assert torch.equal(fresh.eval()(images(seed=5)), before)
 
 
@@ -123,6 +126,9 @@ def test_layers_are_chosen_by_kind_size_and_name():
 
 
 def test_what_cannot_be_swapped_is_named():
+    shifted = nn.Sequential(nn.Conv1d(3, 3, 7, padding=3, groups=3))
+    with pytest.raises(InvalidInput, match="layer '0' reads inputs of 1 axes"):
+        swap_layers(shifted, LONG, sizes=torch.zeros(1, 3, 32), kind=nn.Conv1d)
     with pytest.raises(InvalidInput, match=r"no depthwise Conv2d of kernel size 5.*1\.dwconv: Conv2d.* and 6 more"):
         swap_layers(convnext(), LONG, sizes=images(), kernel_size=5)
     with pytest.raises(InvalidInput, match="no Conv2d at all"):
@@ -136,3 +142,26 @@ def test_what_cannot_be_swapped_is_named():
         swap_layers(net, LONG, sizes=images())
     with pytest.raises(InvalidInput, match=r"no \(height, width\) for 3\.dwconv"):
         swap_layers(convnext(), LONG, sizes={"1.dwconv": (8, 8), "4.dwconv": (4, 4)})
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": (8, 8)}, r"example input.*got \(8, 8\)"),
+        ({"sizes": {"1.dwconv": 8, "3.dwconv": (4, 4), "4.dwconv": (4, 4)}}, r"sizes\['1.dwconv'\] must be .*, got 8"),
+        ({"kind": "wavelet"}, "class of layers such as torch.nn.Conv2d, got 'wavelet'"),
+        ({"build": MRConv}, "use ImageMRConv"),
+        ({"build": functools.partial(MRConv, norm="kernel")}, "use ImageMRConv"),
+        (
+            {"build": functools.partial(ImageMRConv, kernal_size=8)},
+            "kernal_size= is no option.*did you mean kernel_size",
+        ),
+        ({"build": functools.partial(ImageMRConv, kind="wavelet")}, "kind must be one of .* got 'wavelet'"),
+    ],
+)
+def test_a_call_that_cannot_be_leaves_the_network_as_it_was(options, message):
+    net = convnext()
+    with pytest.raises(InvalidInput, match=message):
+        swap_layers(net, **{"build": LONG, "sizes": images()} | options)
+    assert not any(isinstance(part, ImageMRConv) for part in net.modules())

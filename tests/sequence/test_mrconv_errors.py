@@ -8,7 +8,7 @@ import torch
 from branches_by_torch import layer, signal
 
 from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning
-from noisewise.sequence import MRConv
+from noisewise.sequence import MRConv, merge_layers
 
 FORMS = pytest.mark.parametrize("form", ["train", "eval", "merged"])
 
@@ -133,6 +133,14 @@ def test_a_merged_layer_does_not_go_back_to_training(mode):
         one.eval()
         one.train(False)
     assert not merged.training
+
+
+def test_a_module_around_a_merged_layer_is_mended_by_eval():
+    merged = merge_layers(torch.nn.Sequential(torch.nn.Dropout(), layer(), torch.nn.Dropout()))
+    with pytest.raises(NoisewiseError, match=r"half in train mode now, so call \.eval\(\)"):
+        merged.train()
+    merged.eval()
+    assert not any(part.training for part in merged.modules())
 
 
 def test_channels_that_never_vary_are_warned_of():

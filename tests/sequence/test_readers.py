@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.io import wavfile
 
-from noisewise.errors import InvalidInput, MissingExtra
+from noisewise.errors import InvalidInput, MissingExtra, NoisewiseWarning
 from noisewise.sequence import listops
 from noisewise.sequence.readers import read_sequences
 
@@ -78,12 +78,15 @@ def test_values_are_read_for_regression(tmp_path):
     path = saved(tmp_path, X=signals(3, 5), y=np.array([0.5, -2.0, 3.25]))
     found = read_sequences(path, task="regression")
     assert (found.y.tolist(), found.classes, found.y.dtype) == ([0.5, -2.0, 3.25], (), np.float32)
-    with pytest.raises(InvalidInput, match=r"the label of row 0 .* is 0.5: .*task='regression'"):
+    with pytest.raises(InvalidInput, match=r"the label of row 0 .* is 0.5: .*task='regression' \(--task regression\)"):
         read_sequences(path)
     with pytest.raises(InvalidInput, match=r"the label of row 1 .* is nan"):
         read_sequences(saved(tmp_path, X=signals(3, 5), y=np.array([0.5, np.nan, 3.25])), task="regression")
     with pytest.raises(InvalidInput, match=r"labels of .* are no numbers"):
         read_sequences(saved(tmp_path, X=signals(2, 5), y=np.array(["a", "b"])), task="regression")
+    for y in (np.array([1j, 2]), np.array(["2020-01-01", "2020-01-02"], "datetime64[D]")):
+        with pytest.raises(InvalidInput, match=rf"are no numbers, as regression needs: they are {y.dtype.name[:8]}"):
+            read_sequences(saved(tmp_path, X=signals(2, 5), y=y), task="regression")
 
 
 def test_sequences_end_to_end_are_taken_apart_at_their_offsets(tmp_path):
@@ -99,7 +102,7 @@ def test_sequences_end_to_end_are_taken_apart_at_their_offsets(tmp_path):
     assert (found.y.tolist(), found.groups.tolist(), found.rate) == ([1, 0, 1], ["ann", "bob", "ann"], 8000)
     kept = found.rows(found.groups == "ann")
     assert (len(kept), kept.lengths.tolist(), kept.groups.tolist()) == (2, [7, 22], ["ann", "ann"])
-    with pytest.raises(InvalidInput, match=r"has no label='word' .*columns that have one: digit, speaker"):
+    with pytest.raises(InvalidInput, match=r"has no column 'word' with a label for .*value for each: digit, speaker"):
         read_sequences(path, label="word")
     with pytest.raises(InvalidInput, match=r"has no column 'y' .*: digit, speaker"):
         read_sequences(path)
@@ -119,7 +122,7 @@ def test_whole_numbers_are_symbols_unless_they_are_said_to_be_samples(tmp_path):
     assert np.array_equal(ragged.X, found.X)
     path = saved(tmp_path, X=codes, y=values, lengths=lengths)
     assert read_sequences(path, tokens=False).X.shape == (20, 1, lengths.max())
-    with pytest.raises(InvalidInput, match="neither rate= nor channels"):
+    with pytest.raises(InvalidInput, match="neither a rate nor channels: leave out rate and mono"):
         read_sequences(path, rate=100)
     with pytest.raises(InvalidInput, match=r"X of .* is no array .* of symbols: float32"):
         read_sequences(saved(tmp_path, X=signals(4, 5), y=np.arange(4)), tokens=True)
@@ -143,7 +146,7 @@ def test_a_sine_stays_a_sine_at_another_rate(tmp_path):
         ({"X": np.zeros((3, 2, 2, 2)), "y": np.arange(3)}, r"X of .* is float64 of shape \(3, 2, 2, 2\)"),
         ({"X": np.zeros((3, 0)), "y": np.arange(3)}, r"shape \(3, 0\)"),
         ({"X": np.array([["a"], ["b"]]), "y": np.arange(2)}, r"X of .* is <U1"),
-        ({"X": np.zeros((3, 5)), "y": np.arange(2)}, "has no column 'y' with a value for each row; .*: none"),
+        ({"X": np.zeros((3, 5)), "y": np.arange(2)}, "has no column 'y' with a label for each row; .*: none"),
         ({"X": np.zeros((3, 5)), "y": np.arange(3), "lengths": np.array([1, 2, 6])}, "whole numbers in 1 to 5, .*1 to 6"),
         ({"X": np.zeros((3, 5)), "y": np.arange(3), "lengths": np.array([1, 2])}, r"3 whole numbers .* shape \(2,\)"),
         ({"a": np.zeros(9), "offsets": np.array([0, 4, 8]), "y": np.arange(2)}, "offsets up to 8, and no one-dim.*: a, offsets"),
@@ -182,9 +185,11 @@ def test_files_that_are_none_are_refused_and_no_pickle_is_read(tmp_path):
         with pytest.raises(InvalidInput, match=r"cannot be read as an .npz file"):
             read_sequences(tmp_path / "cut.npz")
     np.savez(tmp_path / "objects.npz", X=np.array([[1], [1, 2]], object), y=np.arange(2))
-    with pytest.raises(InvalidInput, match=r"cannot be read as an .npz file") as refused:
-        read_sequences(tmp_path / "objects.npz")
-    assert "pickle" not in str(refused.value)
+    np.savez(tmp_path / "mixed.npz", X=signals(2, 5), y=np.array(["yes", 1], object))
+    for name, column in (("objects", "X"), ("mixed", "y")):
+        with pytest.raises(InvalidInput, match=rf"column '{column}' of .* holds Python objects") as refused:
+            read_sequences(tmp_path / f"{name}.npz")
+        assert "pickle" not in str(refused.value)
     with pytest.raises(InvalidInput, match="task must be one of classification, regression, got 'forecast'"):
         read_sequences(tmp_path / "cut.npz", task="forecast")
 
@@ -212,6 +217,41 @@ def test_a_folder_of_recordings_has_a_class_for_each_folder(tmp_path):
     for row, samples in enumerate(made.values()):
         assert np.array_equal(found.X[row, 0, : len(samples)], samples.astype(np.float32) / 32768)
     assert found.lengths.tolist() == [20, 21, 22] * 2
+
+
+def test_a_class_is_the_first_folder_however_deep_its_files_and_hidden_ones_are_none(tmp_path):
+    for value, name in enumerate(("no/a/b/1.wav", "no/2.wav", "yes/ann/1.wav", "yes/bob/1.wav"), 1):
+        recorded(tmp_path, name, 8000, np.full(9, value, np.int16))
+    for hidden in ("no/._2.wav", "yes/.trash/1.wav", ".git/no/1.wav"):
+        (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"Mac OS X")
+    found = read_sequences(tmp_path)
+    assert [found.classes[place] for place in found.y] == ["no", "no", "yes", "yes"]
+    assert (32768 * found.X[:, 0, 0]).tolist() == [2, 1, 3, 4]
+    assert found.names.tolist() == [
+        str(tmp_path / f"{name}.wav") for name in ("no/2", "no/a/b/1", "yes/ann/1", "yes/bob/1")
+    ]
+
+
+def test_rows_without_labels_are_the_same_rows(tmp_path):
+    X, lengths = signals(4, 9), np.array([9, 3, 5, 7])
+    with_labels = read_sequences(saved(tmp_path, X=X, lengths=lengths, y=np.arange(4) % 2))
+    found = read_sequences(saved(tmp_path, X=X, lengths=lengths), labelled=False)
+    assert np.array_equal(found.X, with_labels.X)
+    assert (found.y.tolist(), found.names.tolist()) == ([-1] * 4, ["0", "1", "2", "3"])
+    assert np.isnan(read_sequences(tmp_path / "data.npz", labelled=False, task="regression").y).all()
+    for name in ("1.wav", "b/c/2.wav", "._1.wav"):
+        recorded(tmp_path / "clips", name, 8000, np.ones(9, np.int16))
+    found = read_sequences(tmp_path / "clips", labelled=False)
+    assert found.names.tolist() == [str(tmp_path / "clips" / name) for name in ("1.wav", "b/c/2.wav")]
+    assert (found.full_scale, with_labels.full_scale) == (True, False)
+    one = read_sequences(tmp_path / "clips" / "1.wav", labelled=False)
+    assert (len(one), one.X[0, 0, 0]) == (1, np.float32(1 / 32768))
+    with pytest.raises(InvalidInput, match="is not known by its ending"):
+        read_sequences(tmp_path / "clips" / "1.wav")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInput, match=r"holds no WAV files$"):
+        read_sequences(tmp_path / "empty", labelled=False)
 
 
 def in_24_bits(samples):
@@ -242,7 +282,9 @@ def test_stereo_is_two_channels_or_their_mean(tmp_path):
     assert np.array_equal(read_sequences(tmp_path).X, both.swapaxes(1, 2))
     np.testing.assert_allclose(read_sequences(tmp_path, mono=True).X[:, 0], both.mean(-1), rtol=1e-6)
     recorded(tmp_path, "b/y.wav", 8000, both[0, :, 0])
-    with pytest.raises(InvalidInput, match=r"b/y.wav has 1 channels, .*a/x.wav has 2: take their mean with mono"):
+    with pytest.raises(
+        InvalidInput, match=r"b/y.wav has 1 channels, .*a/x.wav has 2: take their mean with mono=True \(--mono\)"
+    ):
         read_sequences(tmp_path)
     assert read_sequences(tmp_path, mono=True).X.shape == (3, 1, 30)
 
@@ -252,10 +294,14 @@ def test_rates_must_agree_or_are_made_to(tmp_path):
         recorded(
             tmp_path, f"{rate}/x.wav", rate, np.sin(2 * np.pi * 300 * np.arange(rate // 10) / rate).astype(np.float32)
         )
-    with pytest.raises(InvalidInput, match=r"16000/x.wav has 16000 samples a second, .*11025/x.wav has 11025"):
+    with pytest.raises(
+        InvalidInput,
+        match=r"16000/x.wav has 16000 samples a second, .*11025/x.wav has 11025: .*rate=8000 \(--rate 8000\)",
+    ):
         read_sequences(tmp_path)
     found = read_sequences(tmp_path, rate=8000)
     assert found.rate == 8000
+    assert found.resampled == (11025, 16000)
     assert found.lengths.tolist() == [800, 800, 800]
     sine = np.sin(2 * np.pi * 300 * np.arange(800) / 8000)
     np.testing.assert_allclose(found.X[:, 0, 100:700], np.tile(sine[100:700], (3, 1)), atol=0.01)
@@ -269,8 +315,14 @@ def test_recordings_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(InvalidInput, match=r"those in .* itself have no class"):
         read_sequences(tmp_path)
     recorded(tmp_path, "a/x.wav", 8000, np.ones(90, np.int16))
-    with pytest.raises(InvalidInput, match=r"all 1 rows of .* have the label 'a'"):
+    with (
+        pytest.warns(
+            NoisewiseWarning, match=r"1 WAV files in .* itself, such as x.wav, have no class and are left out"
+        ),
+        pytest.raises(InvalidInput, match=r"all 1 rows of .* have the label 'a'"),
+    ):
         read_sequences(tmp_path)
+    (tmp_path / "x.wav").unlink()
     recorded(tmp_path, "b/x.wav", 8000, np.array([0, 1, np.nan, 2], np.float32))
     with pytest.raises(InvalidInput, match=r"1 of 2 rows .*b/x.wav, column 2 \(channel 0\)"):
         read_sequences(tmp_path)
@@ -282,7 +334,7 @@ def test_recordings_that_cannot_be_used_are_named(tmp_path):
     recorded(tmp_path, "b/x.wav", 8000, np.zeros(0, np.int16))
     with pytest.raises(InvalidInput, match=r"b/x.wav' (holds no samples|cannot be read)"):
         read_sequences(tmp_path)
-    with pytest.raises(InvalidInput, match=r"group='speaker' names a column of an .npz file"):
+    with pytest.raises(InvalidInput, match=r"group 'speaker' names a column of an .npz file"):
         recorded(tmp_path, "b/x.wav", 8000, np.ones(9, np.int16))
         read_sequences(tmp_path, group="speaker")
 

@@ -183,12 +183,17 @@ def test_a_folder_of_another_command_or_other_data_is_refused(fitted, data, tmp_
     path, out = fitted
     with pytest.raises(RunFolderError, match="holds a fit with width 4, but 8 was asked for"):
         fit(path, out, *SAME, "--width", 8)
+    # another length reads other numbers, which is no news
+    with pytest.raises(
+        RunFolderError, match="holds a fit with length nothing and width 4, but 40 and 8 were asked for"
+    ):
+        fit(path, out, *SAME, "--width", 8, "--length", 40)
     with pytest.raises(RunFolderError, match="holds a fit with data "):
         fit(data, out, *SAME)
     before = path.read_bytes()
     np.savez(path, **sines(seed=1))
     try:
-        with pytest.raises(RunFolderError, match="holds a fit with data_sha256"):
+        with pytest.raises(RunFolderError, match="holds a fit with other contents of data than there are now"):
             fit(path, out, *SAME)
     finally:
         path.write_bytes(before)
@@ -206,7 +211,7 @@ def test_a_folder_of_another_command_or_other_data_is_refused(fitted, data, tmp_
         (["fit", "sines.npz", "-o", "fit", "--length", 0], "--length must be at least 1"),
         (["fit", "sines.npz", "-o", "fit", "--lr", 0], "--lr must be a finite number above 0"),
         (["fit", "sines.npz", "-o", "fit", "--dropout", 1], "--dropout must be in [0, 1)"),
-        (["fit", "sines.npz", "-o", "fit", "--label", "word"], "columns that have one: y, speaker"),
+        (["fit", "sines.npz", "-o", "fit", "--label", "word"], "columns with a value for each: y, speaker"),
         (["fit", "sines.npz", "-o", "fit", "--test-group", "cy"], "--test-group cy needs --group COLUMN"),
         (["fit", "sines.npz", "-o", "fit", "--group", "speaker", "--test-group", "dan"], "it has ann, bob, cy"),
         (
@@ -214,7 +219,11 @@ def test_a_folder_of_another_command_or_other_data_is_refused(fitted, data, tmp_
             "leaves 0 rows to train on",
         ),
         (["fit", "sines.npz", "-o", "fit", "--rate", 4000], "does not say its samples a second"),
-        (["fit", "sines.npz", "-o", "fit", "--device", "tpu9"], "--device tpu9 cannot be used"),
+        (["fit", "sines.npz", "-o", "fit", "--device", "tpu9"], "--device tpu9 cannot be used here: leave it out, or give cpu"),
+        (["fit", "sines.npz", "-o", "fit", "--device", "meta"], "--device meta cannot be used here"),
+        (["fit", "sines.npz", "-o", "fit", "--validation", 0.99], "--validation 0.99 of 60 rows leaves 1 to train on"),
+        (["predict", "nowhere", "sines.npz", "-o", "answers.txt"], "must end in .csv"),
+        (["predict", "nowhere", "sines.npz", "-o", "answers.csv"], "holds no model of `noisewise sequence fit`"),
         (["evaluate", "nowhere", "sines.npz"], "holds no model of `noisewise sequence fit`"),
         (["export", "nowhere", "model.onnx"], "holds no model of `noisewise sequence fit`"),
         (["export", "nowhere", "model.pth"], "must end in .onnx or .pt2"),
@@ -301,9 +310,12 @@ def test_a_graph_gives_what_the_model_gives(fitted, tmp_path, capsys):
         wanted = Prepared(SequenceModel.from_pretrained(out / "model"), form)(rows)
     with pytest.warns(NoisewiseWarning, match="give it rows of the whole length"):
         run("export", out, tmp_path / "model.onnx")
-    assert "takes rows of shape (1, 48), gives scores of 0, 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "input input_0: float32 of shape (rows, 1, 48)" in said
+    assert "samples: numbers as they stand in the file of the fit\n" in said
+    assert "output output: float32 of shape (rows, 2), scores of 0, 1, whose softmax is their probabilities" in said
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (made,) = session.run(None, {session.get_inputs()[0].name: rows.numpy()})
+    (made,) = session.run(["output"], {"input_0": rows.numpy()})
     np.testing.assert_allclose(made, wanted, atol=1e-4)
     with pytest.warns(NoisewiseWarning, match="give it rows of the whole length"):
         run("export", out, tmp_path / "model.pt2", "--json")

@@ -95,6 +95,43 @@ def test_they_are_estimators_of_scikit_learn():
     assert np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("form", [list, lambda rows: np.array(rows, dtype=object)])
+def test_unequal_rows_are_cross_validated_at_one_length(form):
+    x, y = waves(48)
+    rows = [row[:15] for row in x]
+    # the only long row is in one fold, so that the other one's model never saw its length
+    rows[0] = x[0]
+    quick = {**SMALL, "epochs": 6}
+    assert np.isfinite(cross_val_score(SequenceClassifier(**quick, length=40), form(rows), y, cv=2)).all()
+    with pytest.raises(InvalidInput, match=r"row 0 of X has 40 steps.* fit had 15.*length=40"):
+        cross_val_score(SequenceClassifier(**quick), form(rows), y, cv=2, error_score="raise")
+
+
+@pytest.mark.parametrize("estimator", [SequenceClassifier, SequenceRegressor])
+def test_longer_rows_are_cut_to_the_length_that_was_asked_for(estimator, tmp_path):
+    x, y = waves(32)
+    y = (y == "fast").astype(int)
+    rows, cut = ragged(x), [row[:20] for row in ragged(x)]
+    quick = {**SMALL, "epochs": 1}
+    found, same = estimator(**quick, length=20).fit(rows, y), estimator(**quick).fit(cut, y)
+    assert found.model_.length == same.model_.length == 20
+    assert np.array_equal(found.predict(rows), same.predict(cut))
+    assert np.array_equal(found.predict(x), same.predict(x[:, :20]))
+    again = estimator.load(found.save(tmp_path))
+    assert np.array_equal(again.predict(rows), found.predict(rows))
+    # and more room than any row needs
+    assert estimator(**quick, length=60).fit(rows, y).model_.length == 60
+
+
+def test_whole_numbers_are_classes_of_any_type():
+    x, y = waves(32)
+    quick = SequenceClassifier(**SMALL | {"epochs": 1})
+    whole = 1 + (y == "fast").astype(int)
+    by_float = quick.fit(x, whole.astype(float)).predict(x)
+    assert by_float.dtype == float
+    assert np.array_equal(by_float, clone(quick).fit(x, whole).predict(x))
+
+
 def test_bad_input_is_named(shapes_unchecked):
     x, y = waves(20)
     bad = x.copy()
@@ -105,7 +142,15 @@ def test_bad_input_is_named(shapes_unchecked):
         (lambda: quick.save("nowhere"), "nothing to save"),
         (lambda: quick.fit(bad, y), "first is row 4"),
         (lambda: quick.fit(x, np.full(20, "slow")), "one class only"),
-        (lambda: quick.fit(x, np.linspace(0, 1, 20)), "SequenceRegressor"),
+        (lambda: quick.fit(x, np.zeros(20)), r"one class only \(\[0\.0\]\)"),
+        (lambda: quick.fit(x, np.arange(20) / 2), "y holds 0.5, .*SequenceRegressor"),
+        (lambda: quick.fit(x, np.where(y == "fast", np.nan, 1.0)), "y holds nan"),
+        (lambda: quick.fit(x, np.array([None, "slow"] * 10, dtype=object)), "cannot be sorted"),
+        (lambda: quick.fit([*x[:19], ["a", "b"]], y), "row 19 of X must hold numbers: .*'a'"),
+        (lambda: quick.fit([*x[:19], 3.0], y), "row 19 of X has shape"),
+        (lambda: SequenceClassifier(length=2.5).fit(x, y), "length must be a whole number, got 2.5"),
+        (lambda: SequenceRegressor(**SMALL).fit(x, y), "y must hold numbers: .*'(slow|fast)'"),
+        (lambda: SequenceRegressor(**SMALL).fit(x, np.array([{}] * 20)), "y must hold numbers: "),
         (lambda: quick.fit(x, y[:9]), "20 rows, y has 9"),
         (lambda: quick.fit([row[:0] for row in x], y), "row 0 of X"),
         (lambda: quick.fit(x[0], y), r"shape \(40,\)"),

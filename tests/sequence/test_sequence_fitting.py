@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -329,6 +330,11 @@ def test_bad_input_is_named(shapes_unchecked):
         ((x, y, torch.tensor([40])), {}, "20 whole numbers"),
         ((x[:0], y[:0]), {}, "empty"),
         ((x, y[:5]), {}, "20 rows, y has 5"),
+        ((x, 3.0), {}, "20 rows, y has none"),
+        ((x, ["slow"] * 20), {}, "y of data must be numbers in an array, got list"),
+        ((x, np.array([{}] * 20)), {"task": "regression"}, "y of data must be numbers .*got ndarray of object"),
+        ((np.array(["a"] * 20), y), {}, "X of data must be numbers"),
+        ((x, y), {"validation": (x, np.full(20, "slow"))}, "y of validation must be numbers"),
         (x, {}, "got Tensor"),
         ((waves(20, 41)[0], y), {}, "41 steps"),
         ((x.expand(-1, 2, -1), y), {}, r"expected \(batch, 1, length\)"),

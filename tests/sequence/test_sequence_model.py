@@ -1,12 +1,13 @@
 """A model means the same whole, padded, merged, streamed and read back."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError
+from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning, RunFolderError
 from noisewise.sequence import LongConv, MRConv, SequenceModel
 
 SMALL = {"d_model": 8, "n_layers": 2, "kernel_size": 8}
@@ -94,6 +95,7 @@ def test_merged_models_refuse_training_whole():
     assert "merged" not in repr(model)
 
 
+@pytest.mark.filterwarnings("ignore:pool=None with norm:noisewise.errors.NoisewiseWarning")
 @pytest.mark.parametrize("pool", [None, "last"])
 @pytest.mark.parametrize(
     ("x", "options"), [(signal(), {}), (tokens(), {"vocabulary": 7})], ids=["linear", "vocabulary"]
@@ -114,6 +116,7 @@ def test_streaming_equals_offline(x, options, pool, merged):
     assert torch.allclose(model.prefill(x)[0], rest if pool else offline, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:pool=None with norm:noisewise.errors.NoisewiseWarning")
 def test_streams_go_on_longer_than_the_model():
     model = settled(build(signal(), None), signal())
     x = signal(1, length=180, seed=4)
@@ -126,6 +129,7 @@ def test_streams_go_on_longer_than_the_model():
     assert torch.allclose(torch.cat([y, torch.stack(rest, -1)], -1), whole, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:pool=None with norm:noisewise.errors.NoisewiseWarning")
 def test_causal_models_do_not_look_ahead_and_others_do():
     x, other = signal(1), signal(1)
     other[..., 30:] = 9.0
@@ -194,6 +198,38 @@ def test_rates_of_what_has_none():
             SequenceModel(1, 5, 64, **SMALL, **options).at_rate(0.5)
 
 
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({}, "norm='kernel'"),
+        ({"block_norm": "batch"}, "norm='kernel' and block_norm='layer'"),
+        ({"norm": "kernel", "block_norm": "batch"}, "block_norm='layer'"),
+    ],
+)
+def test_what_hears_the_future_in_training_is_warned_of_and_does(options, remedy, tmp_path):
+    with pytest.warns(NoisewiseWarning, match=f"build it with {remedy}$") as found:
+        model = SequenceModel(2, 5, 50, pool=None, **SMALL, **options)
+    assert len(found) == 1
+    x, other = signal(), signal()
+    other[..., 30:] = 9.0
+    assert not torch.allclose(model.train()(x)[..., :30], model(other)[..., :30], atol=1e-4)
+    # it is said to who builds one, not again to who uses it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SequenceModel.from_pretrained(model.eval().save_pretrained(tmp_path)).merge()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_hears_no_future_or_shall_is_not_warned_of():
+    model = SequenceModel(2, 5, 50, pool=None, norm="kernel", **SMALL).train()
+    x, other = signal(), signal()
+    other[..., 30:] = 9.0
+    assert torch.allclose(model(x)[..., :30], model(other)[..., :30], atol=1e-4)
+    SequenceModel(2, 5, 50, pool=None, bidirectional=True, block_norm="batch", **SMALL)
+    SequenceModel(2, 5, 50, pool="last", block_norm="batch", **SMALL)
+    SequenceModel(2, 5, 50, pool=None, block_norm="batch", d_model=8, n_layers=1, layer=Memory)
+
+
 def test_bad_input_is_named(shapes_unchecked):
     model = SequenceModel(2, 5, 50, **SMALL).eval()
     words = SequenceModel(1, 5, 50, vocabulary=7, **SMALL).eval()
@@ -202,6 +238,12 @@ def test_bad_input_is_named(shapes_unchecked):
         (lambda: SequenceModel(2, 5, 50, vocabulary=7), "d_input and patch must be 1"),
         (lambda: SequenceModel(0, 5, 50), "d_input"),
         (lambda: SequenceModel(2, 5, 50, n_layers=0), "n_layers"),
+        (
+            lambda: SequenceModel(2, 5, 50, kernal_size=8),
+            "kernal_size= is no option of MRConv: did you mean kernel_size",
+        ),
+        (lambda: SequenceModel(2, 5, 50, width=8), "width= is no option .* are kind, kernel_size, .*momentum$"),
+        (lambda: SequenceModel(2, 5, 50, kind="wavelet"), "kind must be one of .*, got 'wavelet'"),
         (lambda: model(signal(channels=3)), r"\(3, 3, 50\)"),
         (lambda: model(signal(length=51)), "51 steps"),
         (lambda: model(tokens()), r"\(3, 50\)"),
@@ -211,10 +253,10 @@ def test_bad_input_is_named(shapes_unchecked):
         (lambda: words(tokens() + 1), "1 to 7"),
         (lambda: words(tokens(), lengths=torch.tensor([1, 2])), "3 whole numbers"),
         (lambda: model.init_state(1), "pool='mean'"),
-        (lambda: SequenceModel(2, 5, 50, patch=4, pool=None).eval().init_state(1), "patch=4"),
+        (lambda: SequenceModel(2, 5, 50, patch=4, pool=None, norm="kernel").eval().init_state(1), "patch=4"),
         (lambda: SequenceModel(2, 5, 50, pool=None, bidirectional=True).eval().init_state(1), "bidirectional"),
-        (lambda: SequenceModel(2, 5, 50, pool=None).eval().step(signal()[:, 0], []), "expected"),
-        (lambda: SequenceModel(2, 5, 50, pool=None).train().init_state(1), "train mode"),
+        (lambda: SequenceModel(2, 5, 50, pool=None, norm="kernel").eval().step(signal()[:, 0], []), "expected"),
+        (lambda: SequenceModel(2, 5, 50, pool=None, norm="kernel").train().init_state(1), "train mode"),
         (lambda: model.merge(), "no batch"),
     ]
     for call, message in cases:

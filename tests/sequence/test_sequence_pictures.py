@@ -108,16 +108,17 @@ def test_six_channels_are_enough_to_look_at():
 # ---- branches
 
 
-def test_the_map_holds_squared_norms_and_leaves_out_what_is_not_there():
+def test_the_map_holds_shares_of_squared_norms_and_leaves_out_what_is_not_there():
     layers = [layer("fourier", 16, seed=1), layer("fourier", 60, seed=2, bidirectional=True)]
     axes = scale_plot(net(*layers)).axes[0]
     norms = axes.images[0].get_array()
     assert norms.shape == (2, 5)
     for row, one in enumerate(layers):
         own = one.alpha.detach().square().sum((1, 2))
+        own = 100 * own / own.sum()
         assert norms[row, : len(own)].tolist() == pytest.approx(own.tolist())
     assert norms.mask[0].tolist() == [False, False, False, True, True]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["4", "8", "16", "32", "64"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["4", "8", "16", "32", "60"]
     # every number is written on its square, and dark on pale
     assert len(axes.texts) == 8
     for text in axes.texts:
@@ -127,6 +128,73 @@ def test_the_map_holds_squared_norms_and_leaves_out_what_is_not_there():
         assert (
             abs(_luminance(matplotlib.colors.hsv_to_rgb(light)) - _luminance(matplotlib.colors.hsv_to_rgb(ink))) > 0.3
         )
+
+
+def test_a_layer_that_has_learned_nothing_yet_is_of_middling_shade():
+    axes = scale_plot(net(MRConv(2, 24, kernel_size=4), MRConv(3, 24, kernel_size=4))).axes[0]
+    (image,) = axes.images
+    assert image.norm(image.get_array()).ravel().tolist() == pytest.approx([0.5] * 8)
+
+
+def test_a_column_names_the_lags_that_there_are():
+    def names(*lengths):
+        axes = scale_plot(net(*(MRConv(2, length, kernel_size=32) for length in lengths))).axes[0]
+        return [text.get_text() for text in axes.get_xticklabels()]
+
+    assert names(4) == ["4"]
+    assert names(4, 100, 90) == ["4–32", "64", "90–100"]
+    mixed = net(MRConv(2, 8, kernel_size=4), MRConv(2, 24, kernel_size=8))
+    assert [text.get_text() for text in scale_plot(mixed).axes[0].get_xticklabels()] == ["1 l₀", "2 l₀", "4 l₀"]
+
+
+def deep(path, count):
+    """A module whose layers lie behind so many names."""
+    head, _, rest = path.partition(".")
+    if head == "*":
+        return torch.nn.ModuleList(deep(rest, 1) for _ in range(count))
+    return torch.nn.ModuleDict({head: deep(rest, count)}) if head else layer()
+
+
+@pytest.mark.parametrize("draw", [reach_plot, scale_plot])
+def test_long_names_are_cut_to_what_differs_and_written_once(draw):
+    (axes, *_) = draw(deep("encoder.stages.*.depthwise_convolution.conv", 3)).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2"]
+    assert axes.get_title(loc="left") == "encoder.stages.[…].depthwise_convolution.conv"
+    # one name alone, too long by itself
+    (axes, *_) = draw(deep("encoder_of_the_signal.depthwise_convolution.conv", 1)).axes
+    (name,) = [text.get_text() for text in axes.get_yticklabels()]
+    assert len(name) == 24
+    assert name.startswith("encoder_of_")
+    assert name.endswith("olution.conv")
+    inner = torch.nn.ModuleDict({"a_name_that_is_long_enough": layer()})
+    inner["a_name_that_is_long_enough"].inside = layer()
+    (axes, *_) = draw(inner).axes
+    assert all(text.get_text() for text in axes.get_yticklabels())
+
+
+@pytest.mark.parametrize("length", [2, 4, 30, 1000, 16384, 10**6])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_axis_of_lags_has_names_enough_and_not_too_many(length, bidirectional):
+    kernel = torch.zeros(1 + bidirectional, 1, length, dtype=torch.float64)
+    kernel[..., 0] = kernel[..., -1] = 1.0
+    axes = kernel_plot(LongConv(kernel, torch.zeros(1, dtype=torch.float64))).axes[-1]
+    ticks = axes.get_xticks().tolist()
+    assert ticks == sorted(ticks)
+    assert min(length, 4) <= len(ticks) <= 15
+    assert [-one for one in ticks if one < 0][::-1] == ([one for one in ticks if one > 0] if bidirectional else [])
+    assert max(ticks) <= length - 1 < 10 * max(ticks)
+
+
+def test_pictures_of_a_page_are_of_one_width():
+    model = net(layer("fourier", 30, seed=1), layer("sparse", 4, seed=2))
+    figures = [reach_plot(model), scale_plot(model), kernel_plot(model["blocks"][0]), branch_plot(model["blocks"][1])]
+    assert {figure.get_size_inches()[0] for figure in figures} == {7.5}
+
+
+def test_a_share_is_written_as_the_text_writes_it():
+    assert reach_plot(layer()).axes[0].get_xlabel() == "lag with 90 % of the energy"
+    assert reach_plot(layer(), 0.995).axes[0].get_xlabel() == "lag with 99.5 % of the energy"
+    assert "90%" not in kernel_report(layer()).html()
 
 
 def _luminance(rgb):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from noisewise.errors import InvalidInput, NoisewiseError
 from noisewise.sequence.kernels import SubKernels
-from noisewise.sequence.layer import MRConv
+from noisewise.sequence.layer import MRConv, check_options
 from noisewise.sequence.merged import LongConv
 from noisewise.sequence.signals import valid_steps
 from noisewise.training import check_share
@@ -51,6 +51,7 @@ class MRConvBlock(nn.Module):
             raise InvalidInput(
                 f"{', '.join(sorted(options))} would do nothing: they belong to MRConv, and layer= stands in its place"
             )
+        check_options(options, taken=("d_model", "length", "seed"))
         self.prenorm = prenorm
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -148,6 +149,7 @@ def make_norm(block_norm: str, channels: int) -> nn.Module:
 def merge_layers(module: nn.Module) -> nn.Module:
     """A copy of `module` in eval mode with every `MRConv` in it as one `LongConv`; the rest is copied.
 
+    The copy is for use: `train()` raises at the first merged layer, with what comes before it in train mode already.
     Raises `InvalidInput` for a module without an MRConv, `NoisewiseError` for one that has seen no batch in train mode.
     """
     return replace_layers(module, lambda layer: layer.merge())

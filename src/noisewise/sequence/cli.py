@@ -1,9 +1,9 @@
-"""`noisewise sequence`: a model of labelled sequences out of a file, its scores, its merged graph; and ListOps to try it on."""
+"""`noisewise sequence`: a model of labelled sequences out of a file, its scores, answers and graph; ListOps to try it on."""
 
+import csv
 import hashlib
 import io
 import json
-import math
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -30,12 +30,10 @@ from noisewise.files import write_atomically
 from noisewise.typing import check_count, check_positive
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-    from noisewise.metrics.measurement import Measurement
     from noisewise.sequence.preparation import Preparation
     from noisewise.sequence.readers import Sequences
-    from noisewise.training import FitResult
 
 __all__ = ["KernelKind", "Precision", "ScaleBy", "Task", "sequence_app"]
 
@@ -51,7 +49,8 @@ _USUAL = {
 }  # fmt: skip
 
 sequence_app = typer.Typer(
-    no_args_is_help=True, help="Fit a model of long signals, score it, export it as one graph; draw ListOps."
+    no_args_is_help=True,
+    help="Fit a model of long signals, score it, let it answer, export it as one graph; draw ListOps.",
 )
 
 
@@ -100,6 +99,8 @@ Group = Annotated[str | None, typer.Option(help="Column of an .npz file that gro
 TestGroup = Annotated[
     list[str] | None, typer.Option("--test-group", help="A group that the fit must not see; may be given again.")
 ]
+Mono = Annotated[bool, typer.Option("--mono", help="Take the mean of the channels.")]
+BatchSize = Annotated[int, typer.Option(help="Rows at once; it matters for the speed alone.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda where there is one")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -120,7 +121,11 @@ def fit_command(
     layers: Annotated[int, typer.Option(help="Residual blocks.")] = 4,
     patch: Annotated[int, typer.Option(help="Samples that enter as one step.")] = 1,
     bidirectional: Annotated[
-        bool, typer.Option("--bidirectional/--causal", help="Whether layers look ahead too.")
+        bool,
+        typer.Option(
+            "--bidirectional/--causal",
+            help="Whether layers look ahead too, as those of SequenceClassifier do unless told otherwise.",
+        ),
     ] = False,
     dropout: Annotated[float, typer.Option(help="Share of channels.")] = 0.0,
     epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 20.0,
@@ -134,7 +139,7 @@ def fit_command(
     group: Group = None,
     test_group: TestGroup = None,
     rate: Annotated[float | None, typer.Option(help="Resample recordings to so many samples a second.")] = None,
-    mono: Annotated[bool, typer.Option("--mono", help="Take the mean of the channels.")] = False,
+    mono: Mono = False,
     tokens: Annotated[
         bool | None,
         typer.Option(
@@ -179,14 +184,18 @@ def fit_command(
     most = None if max_seconds is None else check_positive("--max-seconds", max_seconds)
     place = _device(device)
     refuse_file(out)
+    from noisewise.sequence.fits import fit_rows, split
+
     with interruptible("the same command goes on"):
         everything = _read(data, options)
         train, test = _parted(everything, data, group, options["test_group"])
+        kept, _ = split(len(train), options["validation"], options["seed"])
         marks = {"data": str(data.expanduser().resolve()), "data_sha256": _digest(everything)}
         claim(out, {"command": "fit", **marks, **options}, (RUN, _MODEL))
         facts = _finished(out)
         if facts is None:
-            facts = _fit(train, test, data, out, options, most, place)
+            _say_how_long(train, len(kept), options)
+            facts = {**fit_rows(train, test, out, options, _form(options), most, place), "data": str(data)}
             _write_page(facts, out, _typed(data, out, options))
             write_atomically(out / SUMMARY, json.dumps(facts, indent=2))
     _show_fit(facts, out, as_json)
@@ -205,17 +214,19 @@ def evaluate_command(
     test_group: Annotated[
         list[str] | None, typer.Option("--test-group", help="Only the rows of this group; may be given again.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once; it matters for the speed alone.")] = 64,
+    mono: Mono = False,
+    batch_size: BatchSize = 64,
     device: Device = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Score a fitted model on DATA, as it was trained and merged to one kernel a layer, with its speed."""
+    from noisewise.sequence.fits import notes_of_scores, scores_of
     from noisewise.sequence.scores import answers_of
 
     batch_size, place = check_count("--batch-size", batch_size), _device(device)
     with interruptible("nothing was kept"):
         whole, preparation = _load(model, place)
-        found = preparation.read_again(data, label=label, group=group)
+        found = preparation.read_again(data, label=label, group=group, mono=mono or None)
         if test_group:
             _, chosen = _parted(found, data, group or (preparation.read or {}).get("group"), sorted(set(test_group)), 0)
             assert chosen is not None
@@ -227,19 +238,71 @@ def evaluate_command(
             "classes": list(preparation.classes),
         }
         merged = whole.merge()
-        answers = {name: answers_of(one, inputs, batch_size) for name, one in (("trained", whole), ("merged", merged))}
+        answers = {
+            name: answers_of(one, inputs, batch_size, progress=True)
+            for name, one in (("trained", whole), ("merged", merged))
+        }
         for name, one in answers.items():
-            scores, table = _scores(preparation, one.output, found)
+            scores, table = scores_of(preparation, one.output, found)
             facts[name] = {
                 "scores": {key: value.to_dict() for key, value in scores.items()},
                 "seconds_per_row": one.seconds,
             }
             facts["confusion"] = table
         facts["largest_difference"] = float((answers["trained"].output - answers["merged"].output).abs().max())
+        facts["warnings"] = notes_of_scores(scores, "scored")
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     _show_scores(facts)
+
+
+@sequence_app.command("predict")
+def predict_command(
+    model: ModelFolder,
+    data: Annotated[
+        Path,
+        typer.Argument(help="As for fit, but labels are not needed: WAV files anywhere in a folder, or one of them."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="FILE.csv for a line for each row.")],
+    mono: Mono = False,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer rows of DATA: the likeliest class and the probability of each, or the value, by the merged model."""
+    if out.suffix != ".csv":
+        raise InvalidInput(f"--out {out} must end in .csv")
+    from noisewise.sequence.scores import answers_of
+
+    batch_size, place = check_count("--batch-size", batch_size), _device(device)
+    with interruptible("nothing was written"):
+        whole, preparation = _load(model, place)
+        found = preparation.read_again(data, mono=mono or None, labelled=False)
+        answers = answers_of(whole.merge(), preparation.inputs(found), batch_size, progress=True)
+        names, rows = _answered(found, preparation, answers.output)
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([names, *rows])
+        write_atomically(out, file.getvalue())
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "rows": len(found),
+        "cut_rows": int(found.cut.sum()),
+        "seconds_per_row": answers.seconds,
+    }
+    if preparation.classes:
+        answered = [row[1] for row in rows]
+        facts["counts"] = {name: answered.count(name) for name in preparation.classes}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    cut = (
+        f", {facts['cut_rows']} of them cut to the {preparation.length} steps of the model" if facts["cut_rows"] else ""
+    )
+    typer.echo(f"{len(found)} rows{cut}: {out}")
+    for name, count in facts.get("counts", {}).items():
+        typer.echo(f"{name}: {count}")
 
 
 @sequence_app.command("export")
@@ -265,13 +328,18 @@ def export_command(
             NoisewiseWarning,
             stacklevel=2,
         )
-    shape = list(graph.example().shape[1:])
+    facts = {"out": str(out), **_interface(preparation, named=out.suffix == ".onnx")}
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "row": shape, "classes": list(preparation.classes)}, indent=2))
+        typer.echo(json.dumps({**facts, "classes": list(preparation.classes)}, indent=2))
         return
-    answers = ", ".join(preparation.classes) or "values in the units of the data"
+    given, made = facts["input"], facts["output"]
+    row = ", ".join(map(str, facts["row"]))
     typer.echo(
-        f"{out}: takes rows of shape {tuple(shape)}, gives {'scores of ' if preparation.classes else ''}{answers}"
+        f"{out}\n"
+        f"input {given['name'] or '(the first argument)'}: {given['dtype']} of shape (rows, {row}), any number of rows, all so "
+        "long\n"
+        f"samples: {given['samples']}" + (f", {given['rate']:g} a second" if given["rate"] else "") + "\n"
+        f"output {made['name'] or '(the result)'}: {made['dtype']} of shape (rows, {made['width']}), {made['meaning']}"
     )
 
 
@@ -322,11 +390,14 @@ def _device(device: str | None) -> str:
     """The name of a device that works."""
     import torch
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    place = device or ("cuda" if known["cuda"] else "cpu")
     try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(f"--device {place} cannot be used: {str(error).splitlines()[0]}") from error
+        # "meta" holds no numbers to bring back
+        torch.empty(1, device=place).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        works = " or ".join(name for name, there in known.items() if there)
+        raise InvalidInput(f"--device {place} cannot be used here: leave it out, or give {works}") from error
     return place
 
 
@@ -386,9 +457,9 @@ def _typed(data: Path, out: Path, options: dict[str, Any]) -> str:
 def _load(folder: Path, device: str) -> "tuple[Any, Preparation]":
     """The model in OUT or OUT/model, in eval mode, and how data are prepared for it."""
     from noisewise.sequence.model import SequenceModel
-    from noisewise.sequence.preparation import Preparation
+    from noisewise.sequence.preparation import Preparation, model_folder
 
-    place = folder / _MODEL if (folder / _MODEL).is_dir() else folder
+    place = model_folder(folder)
     if not all((place / name).is_file() for name in _KEPT):
         refuse_unfinished(folder, "model of `noisewise sequence fit`")
     summary = place.parent / SUMMARY
@@ -412,82 +483,14 @@ def _finished(out: Path) -> dict[str, Any] | None:
 # --- fit
 
 
-def _fit(
-    train: "Sequences", test: "Sequences | None", data: Path, out: Path, options: dict[str, Any], most: float | None,
-    device: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Fit and save the model; what came of it, as JSON values."""
-    from noisewise.sequence.fitting import fit_sequence
-    from noisewise.sequence.model import SequenceModel
-    from noisewise.sequence.preparation import Preparation
-    from noisewise.sequence.scores import answers_of
+def _say_how_long(train: "Sequences", trained: int, options: dict[str, Any]) -> None:
+    """Before a long fit, how it becomes shorter."""
+    from noisewise.sequence.fits import note_of_length
 
-    form = Preparation.of(train, options["task"], options["scale"], _form(options))
-    inputs = form.inputs(train)
-    model = SequenceModel(
-        form.channels, len(form.classes) or 1, form.length, d_model=options["width"], n_layers=options["layers"],
-        patch=options["patch"], vocabulary=form.vocabulary, dropout=options["dropout"], seed=options["seed"],
-        kind=options["kind"], kernel_size=options["kernel_size"], bidirectional=options["bidirectional"],
-    ).to(device)  # fmt: skip
-    held = round(options["validation"] * len(inputs))
-    asked = max(1, round(options["epochs"] * math.ceil((len(inputs) - held) / options["batch_size"])))
-    given = (inputs.x, inputs.y) if inputs.lengths is None else (inputs.x, inputs.y, inputs.lengths)
-    with warnings.catch_warnings(record=True) as noted:
-        # the summary repeats them, on the screen, as JSON and in the report
-        warnings.simplefilter("always", NoisewiseWarning)
-        result = fit_sequence(
-            model, given, task=options["task"], steps=asked, batch_size=options["batch_size"], lr=options["lr"],
-            kernel_lr=options["kernel_lr"], weight_decay=options["weight_decay"], validation=options["validation"],
-            max_seconds=most, resume=out / RUN, precision=options["precision"], progress=True, seed=options["seed"],
-        )  # fmt: skip
-    model.save_pretrained(out / _MODEL)
-    form.save(out / _MODEL)
-    facts = _facts(result, asked, [str(one.message) for one in noted if issubclass(one.category, NoisewiseWarning)])
-    facts |= {
-        **options,
-        "data": str(data),
-        "length": form.length,
-        "classes": list(form.classes),
-        "rows": len(train),
-        "held_out_rows": held,
-        "test_rows": 0 if test is None else len(test),
-        "cut_rows": int(train.cut.sum()),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "held_out": {name: one.to_dict() for name, one in result.held_out.items()},
-    }
-    if test is not None:
-        scores, table = _scores(form, answers_of(model, form.inputs(test)).output, test)
-        facts |= {"test": {name: one.to_dict() for name, one in scores.items()}, "confusion": table}
-    return facts
-
-
-def _facts(result: "FitResult", asked: int, noted: list[str]) -> dict[str, Any]:
-    return {
-        "steps": result.steps,
-        "steps_asked": asked,
-        "best_step": result.best_step,
-        "interrupted": result.interrupted,
-        # by --max-seconds
-        "cut": not result.interrupted and result.steps < asked,
-        "cost": vars(result.cost),
-        "history": result.history,
-        "warnings": list(dict.fromkeys(noted)),
-    }
-
-
-def _scores(
-    form: "Preparation", output: "torch.Tensor", sequences: "Sequences"
-) -> "tuple[dict[str, Measurement], list[list[int]]]":
-    """Scores of the output of a model, and the table of confusions, empty for values."""
-    import torch
-
-    from noisewise.sequence.scores import confusion, scores_of_classes, scores_of_values
-
-    y = torch.from_numpy(sequences.y)
-    if form.classes:
-        table = confusion(output, y)
-        return scores_of_classes(table), table.tolist()
-    return scores_of_values(form.answers(output).squeeze(1), y), []
+    steps = max(1, round(options["epochs"] * -(-trained // options["batch_size"])))
+    said = note_of_length(train.X.shape[-1], options["patch"], train.tokens, steps)
+    if said is not None:
+        typer.echo(f"note: {said}", err=True)
 
 
 def _write_page(facts: dict[str, Any], out: Path, line: str) -> None:
@@ -541,6 +544,8 @@ def _show_scores(facts: dict[str, Any]) -> None:
     console.print(f"largest difference of an output: {facts['largest_difference']:.1e}", highlight=False)
     if facts["cut_rows"]:
         console.print(f"{facts['cut_rows']} rows were cut to the length of the model", highlight=False)
+    for text in facts["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
     if facts["confusion"]:
         names = [escape(name) for name in facts["classes"]]
         console.print("rows of each class (down) by the class that was answered (across):", highlight=False)
@@ -548,3 +553,48 @@ def _show_scores(facts: dict[str, Any]) -> None:
         for name, row in zip(names, facts["confusion"], strict=True):
             shown.add_row(name, *map(str, row))
         console.print(shown)
+
+
+# --- predict and export
+
+
+def _answered(
+    sequences: "Sequences", preparation: "Preparation", output: "Tensor"
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Names of the columns and a line for each row."""
+    assert sequences.names is not None
+    if not preparation.classes:
+        values = preparation.answers(output).squeeze(1).tolist()
+        return ["row", "value"], [(row, f"{x:.9g}") for row, x in zip(sequences.names, values, strict=True)]
+    likeliest, shares = output.argmax(1).tolist(), output.softmax(1).tolist()
+    lines = zip(sequences.names, likeliest, shares, strict=True)
+    return ["row", "class", *(f"p({name})" for name in preparation.classes)], [
+        (row, preparation.classes[place], *(f"{p:.6g}" for p in found)) for row, place, found in lines
+    ]
+
+
+def _interface(preparation: "Preparation", named: bool) -> dict[str, Any]:
+    """What a graph takes and gives, which the file itself does not say; `named`: by names."""
+    symbols = preparation.vocabulary is not None
+    if symbols:
+        samples = f"symbols 0 to {(preparation.vocabulary or 1) - 1}"
+    elif preparation.full_scale:
+        samples = "parts of the largest, in [-1, 1]: divide integers of 16 bits by 32768"
+    else:
+        samples = "numbers as they stand in the file of the fit"
+    scores = f"scores of {', '.join(preparation.classes)}, whose softmax is their probabilities"
+    return {
+        "row": [preparation.length] if symbols else [preparation.channels, preparation.length],
+        "input": {
+            "name": "input_0" if named else None,
+            "dtype": "int64" if symbols else "float32",
+            "samples": samples,
+            "rate": preparation.rate,
+        },
+        "output": {
+            "name": "output" if named else None,
+            "dtype": "float32",
+            "width": len(preparation.classes) or 1,
+            "meaning": scores if preparation.classes else "values in the units of the data",
+        },
+    }

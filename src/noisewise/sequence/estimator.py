@@ -59,6 +59,7 @@ class _SequenceEstimator(_base.BaseEstimator):  # type: ignore[misc]
         kind: str = "fourier",
         kernel_size: int = 32,
         bidirectional: bool = True,
+        length: int | None = None,
         patch: int = 1,
         dropout: float | int = 0.0,
         prenorm: bool = True,
@@ -81,6 +82,7 @@ class _SequenceEstimator(_base.BaseEstimator):  # type: ignore[misc]
         self.kind = kind
         self.kernel_size = kernel_size
         self.bidirectional = bidirectional
+        self.length = length
         self.patch = patch
         self.dropout = dropout
         self.prenorm = prenorm
@@ -100,7 +102,8 @@ class _SequenceEstimator(_base.BaseEstimator):  # type: ignore[misc]
 
     def _fit(self, X: Any, y: Tensor) -> Tensor:
         """Train on `y`, a tensor of answers; returns the indices of the rows that were trained on."""
-        x, lengths = _as_signals(X)
+        most = None if self.length is None else check_count("length", self.length)
+        x, lengths = _as_signals(X, most)
         if len(y) != len(x):
             raise InvalidInput(f"X has {len(x)} rows, y has {len(y)}")
         generator = torch.Generator().manual_seed(check_count("seed", self.seed, 0))
@@ -110,7 +113,7 @@ class _SequenceEstimator(_base.BaseEstimator):  # type: ignore[misc]
             raise InvalidInput(f"validation={self.validation:g} of {len(x)} rows leaves fewer than 2 to train on")
         out, kept = order[:held], order[held:]
         self.mean_, self.scale_ = _moments(x[kept], None if lengths is None else lengths[kept])
-        self.n_channels_, self.length_ = x.shape[1:]
+        self.n_channels_, self.length_ = x.shape[1], most or x.shape[-1]
         x = self._standardised(x)
         answers, model = self._answers(y, kept), self._build()
         parts = [(x[rows], answers[rows], None if lengths is None else lengths[rows]) for rows in (kept, out)]
@@ -142,9 +145,15 @@ class _SequenceEstimator(_base.BaseEstimator):  # type: ignore[misc]
         """Outputs of the merged model, row by row."""
         if not hasattr(self, "merged_"):
             raise InvalidInput(f"this {type(self).__name__} is not fitted yet: call fit(X, y), or load one")
-        x, lengths = _as_signals(X)
+        x, lengths = _as_signals(X, None if self.length is None else self.length_)
         if x.shape[1] != self.n_channels_:
             raise InvalidInput(f"X has {x.shape[1]} channels, the model was fitted on {self.n_channels_}")
+        if x.shape[-1] > self.length_:
+            row = 0 if lengths is None else int(lengths.argmax())
+            raise InvalidInput(
+                f"row {row} of X has {x.shape[-1]} steps, the longest row of fit had {self.length_}: build the estimator with "
+                f"length={x.shape[-1]} and fit again, or cut the row"
+            )
         if lengths is None and x.shape[-1] != self.length_:
             lengths = torch.full((len(x),), x.shape[-1])
         x = self._standardised(x)
@@ -179,7 +188,7 @@ class _SequenceEstimator(_base.BaseEstimator):  # type: ignore[misc]
             model = made._build()
             weights = {name.removeprefix("model."): v for name, v in tensors.items() if name.startswith("model.")}
             model.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, InvalidInput) as error:
             raise RunFolderError(f"{folder} is damaged: {error}") from error
         made._take(model.eval())
         return made
@@ -198,8 +207,12 @@ class SequenceClassifier(_base.ClassifierMixin, _SequenceEstimator):  # type: ig
     """Classes of signals: `fit(X, y)` with X (row, step) or (row, channel, step), or a list of signals of unequal length.
 
     A `SequenceModel` with mean pooling, trained by `fit_sequence` with those arguments; channels are standardised by the rows
-    that it trains on. After `fit`: `classes_`, `model_` and `merged_`, which predicts, `held_out_` (loss and accuracy on the
-    share `validation` of rows), `history_`, `mean_` and `scale_`. Nothing is checked before `fit`.
+    that it trains on. `length`: steps of the model, to which longer rows are cut, in `fit` and in `predict`; None: those of the
+    longest row of `fit`, and a longer one is refused later, as cross-validation of unequal rows may meet it.
+
+    After `fit`: `classes_`, `model_` and `merged_`, which predicts, `held_out_` (loss and accuracy on the share `validation` of
+    rows, which also chose the step that the model is from, so both are a little too good), `history_`, `mean_` and `scale_`.
+    Nothing is checked before `fit`.
     """
 
     _task = "classification"
@@ -207,12 +220,24 @@ class SequenceClassifier(_base.ClassifierMixin, _SequenceEstimator):  # type: ig
     def fit(self, X: Any, y: Any) -> "SequenceClassifier":
         """Learn from rows `X` and their classes `y`, of any type. Raises `InvalidInput` for data that cannot be learned from."""
         labels = np.asarray(y)
-        if labels.ndim != 1 or labels.dtype.kind not in "iubUO":
+        if labels.ndim != 1 or labels.dtype.kind not in "iubUOf":
             raise InvalidInput(
                 f"y must be one class a row (whole numbers or strings), got shape {labels.shape} of {labels.dtype}: numbers "
                 "to be predicted are for SequenceRegressor"
             )
-        self.classes_, codes = np.unique(labels, return_inverse=True)
+        if labels.dtype.kind == "f":
+            broken = labels[~(np.isfinite(labels) & (labels == np.rint(labels)))]
+            if len(broken):
+                raise InvalidInput(
+                    f"y holds {broken[0]:g}, and classes are whole numbers or strings: numbers to be predicted are for "
+                    "SequenceRegressor"
+                )
+        try:
+            self.classes_, codes = np.unique(labels, return_inverse=True)
+        except TypeError as error:
+            raise InvalidInput(
+                f"y holds labels that cannot be sorted ({error}): give numbers only, or strings"
+            ) from error
         if len(self.classes_) < 2:
             raise InvalidInput(f"y holds one class only ({labels[:1].tolist()}): give rows of two or more")
         self._fit(X, torch.as_tensor(codes))
@@ -244,7 +269,7 @@ class SequenceRegressor(_base.RegressorMixin, _SequenceEstimator):  # type: igno
 
     def fit(self, X: Any, y: Any) -> "SequenceRegressor":
         """Learn from rows `X` and their numbers `y`. Raises `InvalidInput` for data that cannot be learned from."""
-        numbers = torch.as_tensor(np.asarray(y, dtype=np.float64))
+        numbers = _as_numbers(y, np.float64, "y")
         if numbers.ndim not in (1, 2) or not numbers.numel():
             raise InvalidInput(f"y must be (row,) or (row, number), got shape {tuple(numbers.shape)}")
         bad = (~torch.isfinite(numbers)).reshape(len(numbers), -1).any(1).nonzero().flatten().tolist()
@@ -280,10 +305,12 @@ class SequenceRegressor(_base.RegressorMixin, _SequenceEstimator):  # type: igno
         self.y_mean_, self.y_scale_ = tensors["y_mean"], tensors["y_scale"]
 
 
-def _as_signals(X: Any) -> tuple[Tensor, Tensor | None]:
-    """(row, channel, step) in float32, padded with zeros, and the length of each row where they differ."""
-    if not isinstance(X, Tensor) and isinstance(X, list | tuple):
-        rows = [torch.as_tensor(np.asarray(row, dtype=np.float32)) for row in X]
+def _as_signals(X: Any, most: int | None) -> tuple[Tensor, Tensor | None]:
+    """(row, channel, step) in float32, cut to `most` steps, padded with zeros, and the length of each row where they differ."""
+    # unequal rows in an array
+    listed = list(X) if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1 else X
+    if isinstance(listed, list | tuple):
+        rows = [_as_numbers(row, np.float32, f"row {index} of X") for index, row in enumerate(listed)]
         if not rows:
             raise InvalidInput("X has no rows")
         rows = [row.unsqueeze(0) if row.ndim == 1 else row for row in rows]
@@ -293,23 +320,32 @@ def _as_signals(X: Any) -> tuple[Tensor, Tensor | None]:
                     f"row {index} of X has shape {tuple(row.shape)}: every row must be (step,) or (channel, step), with as many "
                     f"channels as the first ({rows[0].shape[0]}) and a step"
                 )
+        rows = [row[..., :most] for row in rows]
         ends = torch.tensor([row.shape[-1] for row in rows])
         longest = int(ends.max())
         x = torch.stack([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
         lengths = None if int(ends.min()) == longest else ends
     else:
-        x = X.detach().cpu().float() if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X, dtype=np.float32))
+        x = X.detach().cpu().float() if isinstance(X, Tensor) else _as_numbers(X, np.float32, "X")
         x, lengths = (x.unsqueeze(1) if x.ndim == 2 else x), None
         if x.ndim != 3 or not x.numel():
             raise InvalidInput(
                 f"X must be (row, step) or (row, channel, step), or a list of signals, got shape {tuple(x.shape)}"
             )
+        x = x[..., :most]
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
     if bad:
         raise InvalidInput(
             f"X has NaN or infinite values in {len(bad)} of {len(x)} rows, the first is row {bad[0]}: leave them out or fill them"
         )
     return x, lengths
+
+
+def _as_numbers(values: Any, dtype: type, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(np.asarray(values, dtype=dtype))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{name} must hold numbers: {error}") from error
 
 
 def _moments(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,11 @@
 
 import copy
 import io
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from noisewise.sequence.merged import LongConv
 
 __all__ = ["export_onnx", "export_program"]
 
+# they remark on operators of libraries that are not installed, and on their own optimisations
+_TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir")
 # beyond so many lags a convolution that is not an FFT costs too much
 _DIRECT = 4096
 
@@ -93,8 +98,7 @@ def export_onnx(module: nn.Module, example: tuple[Tensor, ...] | Tensor, path: s
         require(library, "onnx")
     ready, inputs = _prepared(module, portable=True), _inputs(example)
     names = [f"input_{i}" for i in range(len(inputs))]
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         try:
             program = torch.onnx.export(
                 ready, inputs, dynamo=True, input_names=names, output_names=["output"], verbose=False,
@@ -106,6 +110,22 @@ def export_onnx(module: nn.Module, example: tuple[Tensor, ...] | Tensor, path: s
         held = Path(folder) / "model.onnx"
         program.save(held, external_data=False)
         return write_atomically(Path(path), held.read_bytes())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of the exporter; its errors remain."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 class _Whole(nn.Module):

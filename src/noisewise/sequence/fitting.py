@@ -304,14 +304,14 @@ def _as_rows(model: nn.Module, data: Any, task: str, name: str) -> SequenceRows:
     first = next(model.parameters(), None)
     if first is None:
         raise InvalidInput(f"{type(model).__name__} has no parameters to train")
-    x, y = (part if isinstance(part, Tensor) else torch.as_tensor(part) for part in data[:2])
-    lengths = None if len(data) < 3 or data[2] is None else torch.as_tensor(data[2])
+    x, y = _as_tensor(data[0], f"X of {name}"), _as_tensor(data[1], f"y of {name}")
+    lengths = None if len(data) < 3 or data[2] is None else _as_tensor(data[2], f"lengths of {name}")
     if x.is_floating_point():
         x = x.to(first.dtype)
     if not x.ndim or not x.numel():
         raise InvalidInput(f"X of {name} is empty: shape {tuple(x.shape)}")
-    if len(y) != len(x):
-        raise InvalidInput(f"X of {name} has {len(x)} rows, y has {len(y)}")
+    if not y.ndim or len(y) != len(x):
+        raise InvalidInput(f"X of {name} has {len(x)} rows, y has {len(y) if y.ndim else 'none'}")
     if lengths is not None and not takes_lengths(model):
         raise InvalidInput(
             f"{type(model).__name__} takes no lengths=: cut or pad the rows to one length, and leave it out"
@@ -321,6 +321,21 @@ def _as_rows(model: nn.Module, data: Any, task: str, name: str) -> SequenceRows:
     rows = SequenceRows(x, y, lengths, first.device)
     _check_answers(model, rows, task, name)
     return rows
+
+
+def _as_tensor(values: Any, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(
+            f"{name} must be numbers in an array, got {type(values).__name__}{_of_dtype(values)}: {error}"
+        ) from error
+
+
+def _of_dtype(values: Any) -> str:
+    return f" of {values.dtype}" if hasattr(values, "dtype") else ""
 
 
 def _check_finite(x: Tensor, lengths: Tensor | None, name: str) -> None:

@@ -1,6 +1,7 @@
 """Long convolutions over images: a feature map read row by row as one signal, in the place of two-dimensional convolutions."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from noisewise.errors import InvalidInput
-from noisewise.sequence.layer import MRConv
+from noisewise.sequence.layer import MRConv, check_options
 from noisewise.training import evaluating
 from noisewise.typing import check_count
 
@@ -26,6 +27,7 @@ class ImageMRConv(nn.Module):
     def __init__(self, channels: int, height: int, width: int, **options: Any) -> None:
         super().__init__()
         self.height, self.width = check_count("height", height), check_count("width", width)
+        check_options(options, taken=("d_model", "length"))
         if "causal" not in options:
             options.setdefault("bidirectional", True)
         self.conv = MRConv(channels, height * width, **options)
@@ -56,8 +58,10 @@ def swap_layers(
 
         swap_layers(convnext, functools.partial(ImageMRConv, kind="fourier"), sizes=torch.zeros(1, 3, 224, 224))
 
+    A swapped network loads a state dict of its like: build it, swap its layers by the same call, then `load_state_dict`.
     Raises `InvalidInput` where nothing matches, and for layers that change the size of their feature map or meet several.
     """
+    _check_call(build, sizes, kind)
     found = {
         name: layer
         for name, layer in module.named_modules(remove_duplicate=False)
@@ -77,9 +81,28 @@ def swap_layers(
             # a layer of any kind may have no weight of its own
             weight = next(layer.parameters(), None)
             made[id(layer)] = (new if weight is None else new.to(weight)).train(layer.training)
+    for name, layer in found.items():
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, made[id(layer)])
     return list(found)
+
+
+def _check_call(build: Any, sizes: Any, kind: Any) -> None:
+    if not isinstance(kind, type):
+        raise InvalidInput(
+            f"kind must be a class of layers such as torch.nn.Conv2d, got {kind!r}: kinds of sub-kernels belong to build, as in "
+            "functools.partial(ImageMRConv, kind='fourier')"
+        )
+    own = build
+    while isinstance(own, functools.partial):
+        own = own.func
+    if own is MRConv:
+        raise InvalidInput("build=MRConv is a layer of signals, and what it replaces reads images: use ImageMRConv")
+    if not isinstance(sizes, Tensor | Mapping):
+        raise InvalidInput(
+            f"sizes must be an example input, such as torch.zeros(1, 3, 224, 224), or a dict from names of layers to (height, "
+            f"width), got {sizes!r}"
+        )
 
 
 def _matches(layer: nn.Module, kind: type, kernel_size: int | None, depthwise: bool) -> bool:
@@ -123,8 +146,12 @@ def _measured(module: nn.Module, found: dict[str, nn.Module], example: Any) -> d
                 "is never reached" if not pairs else f"maps {', '.join(f'{tuple(a)} to {tuple(b)}' for a, b in pairs)}"
             )
             raise InvalidInput(f"layer {name!r} {what} for this input; leave it out by names=, or give sizes= by name")
-        height, width = next(iter(pairs))[0]
-        known[name] = (height, width)
+        size = next(iter(pairs))[0]
+        if len(size) != 2:
+            raise InvalidInput(
+                f"layer {name!r} reads inputs of {len(size)} axes beside its channels, and images have 2"
+            )
+        known[name] = (size[0], size[1])
     return known
 
 
@@ -132,4 +159,7 @@ def _checked(found: dict[str, nn.Module], sizes: Mapping[str, Any]) -> dict[str,
     missing = sorted(found.keys() - sizes.keys())
     if missing:
         raise InvalidInput(f"sizes has no (height, width) for {', '.join(missing)}: give all, or an example input")
+    for name in found:
+        if not isinstance(sizes[name], tuple | list | torch.Size) or len(sizes[name]) != 2:
+            raise InvalidInput(f"sizes[{name!r}] must be (height, width), got {sizes[name]!r}")
     return {name: (check_count("height", sizes[name][0]), check_count("width", sizes[name][1])) for name in found}

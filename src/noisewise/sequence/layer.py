@@ -1,6 +1,9 @@
 """MRConv: a long depthwise convolution out of sub-kernels of growing length, each normalised by itself (NeurIPS 2024)."""
 
+import difflib
+import inspect
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from noisewise.sequence.signals import check_signal, valid_steps
 from noisewise.sequence.streaming import Blocks, Sliding, StreamState, Taps, Way
 from noisewise.typing import check_count, check_positive
 
-__all__ = ["NORMS", "STATS", "MRConv"]
+__all__ = ["NORMS", "STATS", "MRConv", "check_options"]
 
 NORMS = ("batch", "kernel")
 STATS = ("exact", "full", "branches")
@@ -336,3 +339,13 @@ class MRConv(nn.Module):
             return Taps(torch.zeros(self.d_model, 0, dtype=torch.long), self.alpha.new_zeros(self.d_model, 0))
         dtype = torch.promote_types(self.alpha.dtype, torch.float32)
         return Taps(torch.cat(lags, -1), torch.cat(weights, -1).to(dtype))
+
+
+def check_options(names: Iterable[str], taken: Iterable[str]) -> None:
+    """Raise `InvalidInput` for the first name that `MRConv` has no option of; `taken` are those that its owner gives itself."""
+    known = [name for name in inspect.signature(MRConv).parameters if name not in taken]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            advice = f"did you mean {near[0]}?" if near else f"options of MRConv are {', '.join(known)}"
+            raise InvalidInput(f"{name}= is no option of MRConv: {advice}")

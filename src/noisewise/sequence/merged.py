@@ -48,7 +48,8 @@ class LongConv(nn.Module):
         """Raises `NoisewiseError` for `mode=True`."""
         if mode:
             raise NoisewiseError(
-                "a merged layer has no branches to train any more: train the layer it was merged from, and merge that again"
+                "a merged layer has no branches to train any more: train the layer it was merged from, and merge that again; "
+                "a module around this one is half in train mode now, so call .eval() on it"
             )
         return super().train(False)
 

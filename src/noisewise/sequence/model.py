@@ -1,6 +1,7 @@
 """`SequenceModel`: an encoder, residual blocks of long convolutions and a head, for classes, numbers or an output each step."""
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError
+from noisewise.errors import InvalidInput, NoisewiseError, NoisewiseWarning, RunFolderError
 from noisewise.pretrained import read_pretrained, write_pretrained
 from noisewise.sequence.block import LayerOf, MRConvBlock, make_norm, parameter_groups, replace_layers
+from noisewise.sequence.layer import MRConv
 from noisewise.sequence.merged import LongConv
 from noisewise.sequence.signals import check_signal, valid_steps
 from noisewise.typing import check_count, check_positive
@@ -31,7 +33,8 @@ class SequenceModel(nn.Module):
     `layer` and, as `options`, what `MRConv` takes (kind, kernel_size, bidirectional, ...). `pool`: "mean" over steps,
     "last" step, or None, an output for each step (of each patch). `head`: a linear map.
 
-    Raises `InvalidInput` for arguments that do not fit.
+    Raises `InvalidInput` for arguments that do not fit. Warns of a causal model with an output for each step that is normalised
+    by the batch: in training it would hear the future.
     Source: Cunningham et al., NeurIPS 2024 (arXiv 2408.09453), section 4, and the state-space models it is compared with.
     """
 
@@ -74,6 +77,7 @@ class SequenceModel(nn.Module):
             for index in range(check_count("n_layers", n_layers))
         )  # fmt: skip
         self.norm = make_norm(block_norm, d_model) if prenorm else None
+        self._warn_of_the_future(block_norm)
 
     @property
     def merged(self) -> bool:
@@ -179,9 +183,12 @@ class SequenceModel(nn.Module):
                 model = cls(**config, layer=_empty_kernels(tensors))
                 model._options, model._own_layer = options, None
             else:
-                model = cls(**config, **options, layer=layer)
+                with warnings.catch_warnings():
+                    # it is trained already
+                    warnings.simplefilter("ignore", NoisewiseWarning)
+                    model = cls(**config, **options, layer=layer)
             model.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, InvalidInput) as error:
             raise RunFolderError(f"{folder} is damaged: {error}") from error
         return model.eval()
 
@@ -190,6 +197,22 @@ class SequenceModel(nn.Module):
         words = [f"{self.d_input}, {self.d_output}, length={self.length}, pool={self.pool!r}"]
         words += [f"patch={self.patch}"] if self.patch > 1 else []
         return ", ".join([*words, *(["merged=True"] if self.merged else [])])
+
+    def _warn_of_the_future(self, block_norm: str) -> None:
+        layers = [part for part in self.modules() if isinstance(part, MRConv)]
+        if self.pool is not None or not layers or any(layer.bidirectional for layer in layers):
+            return
+        by_batch = {"norm": (layers[0].norm, "kernel"), "block_norm": (block_norm, "layer")}
+        leaks = {name: other for name, (own, other) in by_batch.items() if own == "batch"}
+        if leaks:
+            given = " and ".join(f"{name}='batch'" for name in leaks)
+            remedy = " and ".join(f"{name}='{other}'" for name, other in leaks.items())
+            warnings.warn(
+                f"pool=None with {given}: statistics of the batch let every step hear later ones in training, so a model that "
+                f"predicts its next input learns to read the answer there, and fails in use; build it with {remedy}",
+                NoisewiseWarning,
+                stacklevel=3,
+            )
 
     # ---- from inputs to outputs
 

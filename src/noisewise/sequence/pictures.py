@@ -1,7 +1,8 @@
 """Pictures of long convolutions: their kernels, what each resolution carries, and how far back they hear."""
 
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +25,19 @@ _BLUE, _ORANGE, _INK, _PALE, _GRID = "#0072B2", "#D55E00", "#222222", "#9AA5B0",
 _MAX_PANELS = 6
 # a kernel with so small a share of values that are not 0 is drawn as taps
 _SPARSE = 0.3
-_MAX_WRITTEN = 80
+_MAX_WRITTEN = 120
+# longer names of layers would squeeze what they stand beside
+_MAX_NAME = 24
+# fewer columns would be as wide as a page each
+_MIN_COLUMNS = 4
+_MAX_TICKS = 15
 
 
 def kernel_report(module: nn.Module, report: Report | None = None) -> Report:
     """Pictures of all long convolutions inside `module`, in a page of their own or at the end of `report`.
 
-    For each layer its merged kernel and the weights of its branches, for all of them the squared weights by depth and
-    resolution, and the reach. Merged layers have no branches left, so only their kernels and their reach are drawn.
+    For each layer its merged kernel and the weights of its branches, for all of them what each resolution carries by depth,
+    and the reach. Merged layers have no branches left, so only their kernels and their reach are drawn.
     Raises `InvalidInput` where there is none, `NoisewiseError` for layers that have seen no batch.
     """
     layers = _layers(module)
@@ -61,7 +67,8 @@ def _draw(page: Report, module: nn.Module, layers: dict[str, MRConv | LongConv])
     )
     if any(isinstance(layer, MRConv) for layer in layers.values()):
         page.section("What each resolution carries", _SCALES).figure(
-            scale_plot(module), "Squared norm of alpha over channels (and directions), by layer and resolution."
+            scale_plot(module),
+            "Share of each resolution in the squared norm of a layer's alpha over channels (and directions), in %.",
         )
     for name, layer in layers.items():
         page.section(f"Layer {name}" if name else "The layer", f"{type(layer).__name__}({layer.extra_repr()})")
@@ -75,8 +82,8 @@ _REACH = (
     "length is local, whatever it could do. The direct path D u is not counted."
 )
 _SCALES = (
-    "Every branch is normalised, so alpha says how much of the output it makes, up to gamma. Within a layer all "
-    "branches start with equal weights, so what differs there was learned; layers of other widths start with other sums."
+    "Every branch is normalised, so alpha says how much of the output it makes, up to gamma. All branches of a layer start with "
+    "equal weights, so what differs in a row was learned. The last sub-kernel is cut at the length of the layer."
 )
 
 
@@ -110,44 +117,43 @@ def reach_plot(module: nn.Module, share: float = 0.9) -> "Figure":
         last = layer.length - 1
         axes.plot([last, last], [row - 0.4, row + 0.4], color=_ORANGE, linestyle="--", linewidth=1.4, zorder=1)
     _lag_axis(axes, 0, max(layer.length for layer in layers.values()) - 1)
-    axes.set_yticks(range(len(layers)), [name or type(layer).__name__ for name, layer in layers.items()])
+    _name_rows(axes, layers)
     axes.set_ylim(len(layers) - 0.45, -0.55)
-    axes.set_xlabel(f"lag with {share:.0%} of the energy")
+    axes.set_xlabel(f"lag with {100 * share:g} % of the energy")
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     axes.grid(axis="y", visible=False)
     return figure
 
 
 def scale_plot(module: nn.Module) -> "Figure":
-    """||alpha_i||^2 over channels, a row for each `MRConv` inside `module`, a column for each resolution."""
+    """Share of ||alpha_i||^2 over channels in that of the layer, in %: a row for each `MRConv` inside, a column a resolution."""
     layers = {name: layer for name, layer in _layers(module).items() if isinstance(layer, MRConv)}
     if not layers:
         raise InvalidInput(
             "all layers here are merged and have no branches: draw the module that they were merged from"
         )
     columns = max(len(layer.alpha) for layer in layers.values())
-    norms = torch.full((len(layers), columns), torch.nan, dtype=torch.float64)
+    shares = torch.full((len(layers), columns), torch.nan, dtype=torch.float64)
     for row, layer in enumerate(layers.values()):
-        norms[row, : len(layer.alpha)] = layer.alpha.detach().double().square().sum((1, 2)).cpu()
-    figure, (axes,) = _figure(width=min(7.5, 2.6 + 0.62 * columns), height=1.5 + 0.42 * len(layers))
-    # from 0, so that a shade means the same share of the largest in every picture
-    picture = axes.imshow(norms.numpy(), cmap="Blues", vmin=0, aspect="auto")
-    if norms.numel() <= _MAX_WRITTEN:
-        bright = norms.nan_to_num(0.0) > 0.55 * norms[~norms.isnan()].max()
-        for row, column in norms.isnan().logical_not().nonzero().tolist():
-            colour = "white" if bright[row, column] else _INK
-            text = f"{float(norms[row, column]):.2g}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    axes.set_yticks(range(len(layers)), [name or "MRConv" for name in layers])
-    sizes = {tuple(r.period for r in layer.kernels.resolutions) for layer in layers.values()}
-    longest = max(sizes, key=len)
-    same = all(longest[: len(one)] == one for one in sizes)
-    axes.set_xticks(range(columns), [str(size) for size in longest] if same else [f"{2**i} l₀" for i in range(columns)])
-    axes.set_xlabel("length of the sub-kernel")
+        norms = layer.alpha.detach().double().square().sum((1, 2)).cpu()
+        shares[row, : len(norms)] = 100 * norms / norms.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    figure, (axes,) = _figure(height=1.5 + 0.42 * len(layers))
+    # branches that are still equal are neither the darkest nor the palest
+    darkest = min(100.0, max(float(shares.nan_to_num(0.0).max()), 2 * 100 / columns))
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+    if shares.numel() <= _MAX_WRITTEN:
+        for row, column in shares.isnan().logical_not().nonzero().tolist():
+            value = float(shares[row, column])
+            colour = "white" if value > 0.55 * darkest else _INK
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    _name_rows(axes, layers)
+    axes.set_xticks(range(columns), _column_names(layers.values(), columns))
+    axes.set_xlim(-0.5, max(columns, _MIN_COLUMNS) - 0.5)
+    axes.set_xlabel("lags of the sub-kernel")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.colorbar(picture, ax=axes, label="||α||²", pad=0.02).outline.set_visible(False)
+    figure.colorbar(picture, ax=axes, label="share of ‖α‖², %", pad=0.02).outline.set_visible(False)
     return figure
 
 
@@ -177,7 +183,9 @@ def kernel_plot(layer: MRConv | LongConv) -> "Figure":
             axes.plot(lag[met], values[met], ".", color=_BLUE, markersize=3, zorder=3)
         else:
             axes.plot(lag, values, color=_BLUE, linewidth=1.0, marker="." if lags <= 64 else "", markersize=4, zorder=2)
-        title = f"channel {channel}" + ("" if skip is None else f", D = {float(skip.detach()[channel]):.2g}")
+        title = f"channel {channel}" + (
+            "" if skip is None else f", D = {_signed(f'{float(skip.detach()[channel]):.2g}')}"
+        )
         axes.set_title(title, loc="right", fontsize=8, color=_INK, pad=2)
         axes.locator_params(axis="y", nbins=3)
     _lag_axis(panels[-1], int(lag[0]), lags - 1)
@@ -191,7 +199,7 @@ def branch_plot(layer: MRConv) -> "Figure":
     weights = layer.alpha if layer.norm == "kernel" else layer.alpha * layer.weight
     size = weights.detach().abs().double().cpu()
     branches, directions, channels = size.shape
-    figure, (axes,) = _figure(width=min(7.5, 3.0 + 0.55 * branches * directions), height=3.0)
+    figure, (axes,) = _figure(height=3.0)
     width = 0.8 / directions
     for direction, (colour, name) in enumerate(zip((_BLUE, _ORANGE), ("past", "future"), strict=True)):
         if direction >= directions:
@@ -206,8 +214,9 @@ def branch_plot(layer: MRConv) -> "Figure":
             (place.unsqueeze(-1) + spread).flatten(), own.flatten(), ".", color=colour, markersize=4,
             markeredgewidth=0, alpha=0.7, zorder=3,
         )  # fmt: skip
-    axes.set_xticks(range(branches), [str(r.period) for r in layer.kernels.resolutions])
-    axes.set(xlabel="length of the sub-kernel", ylabel=_weight(layer), ylim=(0, None), xlim=(-0.6, branches - 0.4))
+    axes.set_xticks(range(branches), _column_names([layer], branches))
+    axes.set(xlabel="lags of the sub-kernel", ylabel=_weight(layer), ylim=(0, None))
+    axes.set_xlim(-0.6, max(branches, _MIN_COLUMNS) - 0.4)
     if directions > 1:
         figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -244,8 +253,43 @@ def _shown(layer: MRConv | LongConv) -> str:
     return f"the first {_MAX_PANELS} of {channels} channels" if channels > _MAX_PANELS else "all channels"
 
 
-def _figure(rows: int = 1, width: float = 7.5, height: float = 3.2, **share: bool) -> tuple["Figure", list["Axes"]]:
-    figure = require("matplotlib.figure", "sequence").Figure(figsize=(width, height), layout="constrained", dpi=110)
+def _column_names(layers: Iterable[MRConv], columns: int) -> list[str]:
+    """How many lags the sub-kernels of each resolution have, in all layers; in units of l_0 where that differs."""
+    found = [layer.kernels.resolutions for layer in layers]
+    if len({own[0].period for own in found}) > 1:
+        return [f"{2**index} l₀" for index in range(columns)]
+    supports = [[own[index].support for own in found if index < len(own)] for index in range(columns)]
+    return [f"{max(own)}" if min(own) == max(own) else f"{min(own)}–{max(own)}" for own in supports]
+
+
+def _name_rows(axes: "Axes", layers: Mapping[str, MRConv | LongConv]) -> None:
+    """Names beside the rows; of long ones the parts that differ, and above them what all of them share."""
+    names = [name or type(layer).__name__ for name, layer in layers.items()]
+    if len(names) > 1 and max(map(len, names)) > _MAX_NAME:
+        parts = [name.split(".") for name in names]
+        # every row keeps a name, also one that begins another's
+        head = _shared([own[:-1] for own in parts])
+        tail = _shared([own[len(head) :][:0:-1] for own in parts])[::-1]
+        axes.set_title(".".join([*head, "[…]", *tail]), loc="left", fontsize=8, color=_INK, pad=6)
+        names = [".".join(own[len(head) : len(own) - len(tail)]) for own in parts]
+    half = _MAX_NAME // 2
+    names = [name if len(name) <= _MAX_NAME else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+    axes.set_yticks(range(len(names)), names)
+
+
+def _shared(parts: list[list[str]]) -> list[str]:
+    """The first parts, as far as they are the same in all."""
+    alike = itertools.takewhile(lambda own: len(set(own)) == 1, zip(*parts, strict=False))
+    return [own[0] for own in alike]
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def _figure(rows: int = 1, height: float = 3.2, **share: bool) -> tuple["Figure", list["Axes"]]:
+    """Panels below each other, all pictures as wide as each other."""
+    figure = require("matplotlib.figure", "sequence").Figure(figsize=(7.5, height), layout="constrained", dpi=110)
     panels = list(figure.subplots(rows, 1, squeeze=False, **share).flatten())
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -259,7 +303,13 @@ def _lag_axis(axes: "Axes", first: int, last: int) -> None:
     """Linear up to lag 1, logarithmic beyond, with a little room on both sides."""
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     axes.set_xlim(first * 1.15 if first < 0 else -0.25, max(last, 1) * 1.15)
-    powers = [10**n for n in range(len(str(max(last, 1))))]
-    ticks = [*([-one for one in reversed(powers) if one <= -first]), 0, *(one for one in powers if one <= max(last, 1))]
-    axes.set_xticks(ticks, [f"{one:,}".replace("-", "\N{MINUS SIGN}") for one in ticks])
-    axes.minorticks_off()
+    inside = [n * 10**power for power in range(len(str(max(last, 1)))) for n in range(1, 10)]
+    inside = [one for one in inside if one <= max(last, 1)]
+    every = [tuple(range(1, 10))] if last < 10 else []
+    for leading in (*every, (1, 2, 5), (1, 3), (1,)):
+        named = [one for one in inside if int(str(one)[0]) in leading]
+        ticks = [*(-one for one in reversed(named) if one <= -first), 0, *named]
+        if len(ticks) <= _MAX_TICKS:
+            break
+    axes.set_xticks(ticks, [_signed(f"{one:,}") for one in ticks])
+    axes.set_xticks([*(-one for one in inside if one <= -first), *inside], minor=True)

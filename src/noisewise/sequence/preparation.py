@@ -1,6 +1,7 @@
 """How sequences of files become the input of a model, and its output the classes or values of those files; kept beside it."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from noisewise.errors import InvalidInput, RunFolderError
+from noisewise.errors import InvalidInput, NoisewiseWarning, RunFolderError
 from noisewise.files import write_atomically
+from noisewise.sequence.model import SequenceModel
 from noisewise.sequence.readers import Sequences, read_sequences
 
-__all__ = ["SCALES", "Inputs", "Preparation", "Prepared"]
+__all__ = ["SCALES", "Inputs", "Preparation", "Prepared", "model_folder"]
 
 SCALES = ("data", "row", "none")
-_FILE = "preparation.json"
+_FILE, _MODEL = "preparation.json", "model"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Preparation:
 
     `scale`: "data" by the `mean` and `std` of each channel of the training rows, "row" by those of the row itself, "none". Values
     (`task` "regression") are brought to mean 0 and standard deviation 1 by those of `target`. `vocabulary`: number of symbols,
-    None for signals. `ragged`: whether rows ended before the model did. `read`: options of `read_sequences`.
+    None for signals. `ragged`: whether rows ended before the model did. `read`: options of `read_sequences`. `rate`: samples a
+    second, None where the data did not say. `full_scale`: whether samples are parts of the largest, as those of integers are.
     """
 
     task: str
@@ -51,33 +54,54 @@ class Preparation:
     target: tuple[float, float] = (0.0, 1.0)
     ragged: bool = False
     read: dict[str, Any] | None = None
+    rate: float | None = None
+    full_scale: bool = False
 
     @classmethod
-    def of(cls, train: Sequences, task: str, scale: str, read: dict[str, Any]) -> "Preparation":
-        """That of training rows, read to the length of the model. Raises `InvalidInput` for symbols that shall be scaled."""
+    def of(
+        cls, given: Sequences, task: str, scale: str, read: dict[str, Any], trained: Int[Tensor, " rows"] | None = None
+    ) -> "Preparation":
+        """That of rows, read to the length of the model; mean, std and target are of the rows `trained`, by default of all.
+
+        Raises `InvalidInput` for another `scale`.
+        """
         if scale not in SCALES:
             raise InvalidInput(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-        ragged = bool((train.lengths < train.X.shape[-1]).any())
+        train = given if trained is None else given.rows(trained.numpy())
+        ragged = bool((given.lengths < given.X.shape[-1]).any())
         target = (0.0, 1.0)
         if task == "regression":
             target = (float(train.y.mean(dtype="float64")), float(train.y.std(dtype="float64")) or 1.0)
         if train.tokens:
-            symbols = int(train.X.max()) + 1
+            symbols = int(given.X.max()) + 1
             return cls(
                 task, train.X.shape[-1], 1, "none", train.classes, symbols, target=target, ragged=ragged, read=read
             )
         mean, std = _moments(torch.from_numpy(train.X), torch.from_numpy(train.lengths), (0, 2))
         return cls(
             task, train.X.shape[-1], train.X.shape[1], scale, train.classes, None,
-            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), target, ragged, read,
+            tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), target, ragged, read, given.rate, given.full_scale,
         )  # fmt: skip
 
     def read_again(self, path: str | Path, **changed: Any) -> Sequences:
-        """Other data of the same form. Raises `InvalidInput` that names what is different."""
-        options = {**(self.read or {}), **{name: value for name, value in changed.items() if value is not None}}
+        """Other data of the same form, resampled to its rate. Raises `InvalidInput` that names what is different."""
+        kept = dict(self.read or {})
+        if Path(path).suffix != ".npz" or changed.get("labelled") is False:
+            # columns of the file of the fit
+            kept |= {"label": None, "group": None}
+        options = {**kept, **{name: value for name, value in changed.items() if value is not None}}
+        asked = options.get("rate") is not None
+        options["rate"] = options["rate"] if asked else self.rate
         found = read_sequences(
             path, length=self.length, task=self.task, classes=self.classes or None, **options
         )  # fmt: skip
+        if found.resampled and not asked:
+            rates = ", ".join(f"{rate:g}" for rate in found.resampled)
+            warnings.warn(
+                f"{str(path)!r} has {rates} samples a second and was resampled to {self.rate:g}, the rate of the fit",
+                NoisewiseWarning,
+                stacklevel=2,
+            )
         if found.tokens != (self.vocabulary is not None):
             said = ("symbols", "signals") if found.tokens else ("signals", "symbols")
             raise InvalidInput(f"{str(path)!r} holds {said[0]}, the model was fitted to {said[1]}")
@@ -88,6 +112,7 @@ class Preparation:
         if not found.tokens and found.X.shape[1] != self.channels:
             raise InvalidInput(
                 f"{str(path)!r} has {found.X.shape[1]} channels, the model was fitted to {self.channels}"
+                + (": take their mean with mono=True (--mono)" if self.channels == 1 else "")
             )
         return found
 
@@ -134,17 +159,40 @@ class Preparation:
             raise RunFolderError(f"{folder / _FILE} is damaged: {error}") from error
 
 
+def model_folder(folder: str | Path) -> Path:
+    """OUT/model of OUT or OUT/model."""
+    place = Path(folder).expanduser()
+    return place / _MODEL if (place / _MODEL).is_dir() else place
+
+
 class Prepared(nn.Module):
-    """A model with its preparation before it and its answers behind it: rows of the data, whole, to scores or values."""
+    """A model with its preparation before it and its answers behind it: rows of the data to scores of classes or to values.
+
+    `preparation.classes` names the scores; `.softmax(-1)` makes them probabilities.
+    """
 
     def __init__(self, model: nn.Module, preparation: Preparation) -> None:
         super().__init__()
         self.model, self.preparation = model, preparation
         self.train(model.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores of the classes, (batch, class), or values, (batch, 1)."""
-        return self.preparation.answers(self.model(x if x.ndim == 2 else self.preparation.scaled(x)))
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, merged: bool = True) -> "Prepared":
+        """The fit of `noisewise sequence fit` in OUT or OUT/model, in eval mode, with one kernel a layer where `merged`.
+
+        Raises `RunFolderError` for other folders and damaged files.
+        """
+        place = model_folder(folder)
+        preparation, model = Preparation.load(place), SequenceModel.from_pretrained(place)
+        return cls(model.merge() if merged else model, preparation)
+
+    def forward(self, x: Tensor, lengths: Int[Tensor, " batch"] | None = None) -> Tensor:
+        """Scores of the classes, (batch, class), or values, (batch, 1), of rows up to their `lengths`.
+
+        `x`: signals (batch, channel, step) in the units and at the rate of the data, or symbols (batch, step).
+        """
+        u = x if x.ndim == 2 else self.preparation.scaled(x, lengths)
+        return self.preparation.answers(self.model(u) if lengths is None else self.model(u, lengths=lengths))
 
     def example(self) -> Tensor:
         """One row, as long as the model is, to trace it by."""

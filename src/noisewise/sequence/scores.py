@@ -10,10 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from noisewise.metrics.measurement import Measurement
+from noisewise.progress import Reporter
 from noisewise.sequence.preparation import Inputs
 
-__all__ = ["Answers", "answers_of", "confusion", "scores_of_classes", "scores_of_values"]
+__all__ = ["FEW_ROWS", "Answers", "answers_of", "confusion", "scores_of_classes", "scores_of_values", "share"]
 
+# below so many rows a score is no more than a hint
+FEW_ROWS = 30
 _RESAMPLES = 400
 
 
@@ -24,7 +27,7 @@ class Answers(NamedTuple):
     seconds: float
 
 
-def answers_of(model: nn.Module, inputs: Inputs, batch_size: int = 64) -> Answers:
+def answers_of(model: nn.Module, inputs: Inputs, batch_size: int = 64, progress: bool = False) -> Answers:
     """The outputs of `model`, in the mode in which it is, batch by batch on its own device; the first batch is run twice."""
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
@@ -34,12 +37,16 @@ def answers_of(model: nn.Module, inputs: Inputs, batch_size: int = 64) -> Answer
         lengths = None if inputs.lengths is None else inputs.lengths[chosen].to(device)
         return (model(x) if lengths is None else model(x, lengths=lengths)).float().cpu()
 
-    with torch.no_grad():
+    outputs = []
+    with torch.no_grad(), Reporter(progress) as reporter:
         # what is only done once is not the speed
         run(0)
         begin = time.perf_counter()
-        output = torch.cat([run(first) for first in range(0, len(inputs), batch_size)])
-    return Answers(output, (time.perf_counter() - begin) / len(inputs))
+        for first in range(0, len(inputs), batch_size):
+            outputs.append(run(first))
+            done = min(first + batch_size, len(inputs))
+            reporter.show("row", done, len(inputs), f"{done / (time.perf_counter() - begin):.3g} rows a second")
+    return Answers(torch.cat(outputs), (time.perf_counter() - begin) / len(inputs))
 
 
 def confusion(output: Float[Tensor, "n klass"], y: Int[Tensor, " n"]) -> Int[np.ndarray, "klass klass"]:
@@ -52,19 +59,25 @@ def confusion(output: Float[Tensor, "n klass"], y: Int[Tensor, " n"]) -> Int[np.
 def scores_of_classes(table: Int[np.ndarray, "klass klass"], seed: int = 0) -> dict[str, Measurement]:
     """Accuracy and macro F1 of a confusion table; "majority class" is what answering the most frequent one would score.
 
-    F1 is the mean over classes that occur or were answered, its standard error that of `_RESAMPLES` bootstrap samples.
+    F1 is the mean over classes that occur or were answered, its standard error that of `_RESAMPLES` bootstrap samples; they know
+    no spread where all answers are right or all are wrong, and it is that of the accuracy there.
     """
     n = int(table.sum())
     right, most = float(np.trace(table) / n), float(table.sum(1).max() / n)
     occurs = (table.sum(0) + table.sum(1)) > 0
     drawn = np.random.default_rng(seed).multinomial(n, table.flatten() / n, _RESAMPLES).reshape(-1, *table.shape)
+    accuracy, spread = share(right, n), float(_macro_f1(drawn, occurs).std(ddof=1))
     return {
-        "accuracy": Measurement(right, _binomial(right, n), n=n, better="higher"),
-        "macro F1": Measurement(
-            float(_macro_f1(table[None], occurs)[0]), float(_macro_f1(drawn, occurs).std(ddof=1)), n=n, better="higher"
-        ),
-        "majority class": Measurement(most, _binomial(most, n), n=n, better="higher"),
+        "accuracy": accuracy,
+        "macro F1": Measurement(float(_macro_f1(table[None], occurs)[0]), spread or accuracy.se, n=n, better="higher"),
+        "majority class": share(most, n),
     }
+
+
+def share(value: float, n: int) -> Measurement:
+    """A share of `n` rows, its standard error half of Wilson's interval (1927): not 0 where all rows are right, or none."""
+    half = (value * (1 - value) / n + 1 / (4 * n**2)) ** 0.5 / (1 + 1 / n)
+    return Measurement(value, half, n=n, better="higher")
 
 
 def scores_of_values(output: Float[Tensor, " n"], y: Float[Tensor, " n"], seed: int = 0) -> dict[str, Measurement]:
@@ -91,10 +104,6 @@ def _bootstrapped(score: Callable[[np.ndarray], float], n: int, seed: int, bette
     known = [value for value in found if value == value]
     se = float(np.std(known, ddof=1)) if len(known) > 1 else None
     return Measurement(score(np.full(n, 1 / n)), se, n=n, better=better)
-
-
-def _binomial(share: float, n: int) -> float:
-    return (share * (1 - share) / n) ** 0.5
 
 
 def _macro_f1(table: np.ndarray, occurs: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ _DATA = {"scarce": (2, 0.5), "plenty": (12, 0.3)}
 _STEPS = {"quick": 40, "cpu": 200, "paper": 2000}
 # cycles a sample of the inputs for half the rate, which could hold twice as much
 _BAND, _ONSET = 1 / 8, 64
-_MIDDLE, _FAST = (0.03, 0.1, 0.01, 0.3), (0.1, 0.03, 0.3, 0.01)
+_MIDDLE, _FAST = (0.03, 0.1, 0.01, 0.3, 0.003), (0.1, 0.03, 0.3, 0.01, 1.0)
 
 
 class Task(NamedTuple):
@@ -255,7 +255,7 @@ def _note(scale: str) -> str:
     data = "; ".join(f"{name}: {rows} sequences, noise {noise:g}" for name, (rows, noise) in _DATA.items())
     return (
         f"kernels: {_CHANNELS} channels of {_LENGTH} lags and unit norm, white inputs ({data}), {_TESTS} test sequences without "
-        f"noise; all systems {_STEPS[scale]} full-batch steps of AdamW, cosine, four learning rates tried for each; standard "
+        f"noise; all systems {_STEPS[scale]} full-batch steps of AdamW, cosine, five learning rates tried for each; standard "
         "errors over channels, which have kernels of their own. MRConv is measured by its merged kernel. At half the "
         "rate: without training, every kernel stretched by its own layer's rule, inputs without high frequencies, every second "
         "sample of them and of the true outputs; the floor of smooth ones is every second lag of the true kernel."
