@@ -135,8 +135,9 @@ class LexicalBlock:
         self._basis, self._signs, self._query_signs = basis, signs, query_signs
         room = self.dim - 1 - basis.shape[1]
         self._document_projection = np.hstack([basis, _on_residual(basis, _unpacked(signs, room))])
-        shared = query_signs is None
-        self._query_projection = self._document_projection if shared else np.hstack([basis, query_signs])
+        self._query_projection = self._document_projection
+        if query_signs is not None:
+            self._query_projection = np.hstack([basis, query_signs])
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "max_norm_"):
