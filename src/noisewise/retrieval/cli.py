@@ -1,4 +1,4 @@
-"""`noisewise retrieval`: fit a Mafin to judged queries over an embedding endpoint, score it, write queries, know the bill first."""
+"""`noisewise retrieval`: fit a Mafin to judged queries over an endpoint, score it, write queries, know the bill first."""
 
 import hashlib
 import json
@@ -70,7 +70,7 @@ class TooLong(StrEnum):
 
 
 Data = Annotated[
-    str, typer.Argument(help="Folder of the BEIR layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv), or a hub id like BeIR/scifact.")
+    str, typer.Argument(help="Folder of corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (BEIR), or a hub id like BeIR/scifact.")
 ]  # fmt: skip
 Endpoint = Annotated[str | None, typer.Option(help="OpenAI-compatible base URL, mostly ending in /v1.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Embedding model of the endpoint.")]

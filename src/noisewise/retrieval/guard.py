@@ -120,7 +120,14 @@ class GuardReport:
             Judged(
                 row["name"],
                 Measurement.from_dict(row["score"]),
-                PairedDifference(row["gain"][0], row["gain_se"], *row["gain"][1:], record["queries"], 0.95, "higher"),
+                PairedDifference(
+                    row["gain"][0],
+                    row["gain_se"],
+                    row["gain"][1],
+                    row["gain"][2],
+                    record["queries"],
+                    direction="higher",
+                ),
                 *(row[name] for name in ("lower", "passed", "added", "note", "reference")),
             )
             for row in record["rows"]

@@ -94,9 +94,10 @@ class Mafin:
         `corpus[id]`: {"title", "text"} or a text; `qrels[query][document] = grade`, above 0 being relevant, or pairs (query id,
         document id). `dev`: judgements to choose on, of other queries and other passages; by default a fifth of the queries is
         held out where that is 50 or more, and else all are used by cross-fitting. `search`: the corpus that will be searched,
-        where it is another one: what needs no labels is learned from it. `form`: a row of the guard's table, such as "Mafin",
-        to build unjudged; None leaves the choice to the guard. `distil`: label-free training steps by which a trainable part starts as a copy of BM25, 0 for none. `resume`: a folder,
-        from which the same call goes on after a crash. `options`: of `fit_joint`, such as epochs, lr, batch_size, hard_negatives.
+        where it is another one: what needs no labels is learned from it. `form`: a row of the guard's table, such as "Mafin", to
+        build unjudged; None leaves the choice to the guard. `distil`: label-free training steps by which a trainable part starts
+        as a copy of BM25, 0 for none. `resume`: a folder, from which the same call goes on after a crash. `options`: of
+        `fit_joint`, such as epochs, lr, batch_size, hard_negatives.
 
         Raises `InvalidInput` for fewer than 20 pairs, ids that have no text, empty texts, and options there are not;
         and what the black box raises.
@@ -122,8 +123,8 @@ class Mafin:
         pairs = Pairs.of(judged | held, names, documents)
         if len(pairs) < _LEAST_PAIRS:
             raise InvalidInput(
-                f"{len(pairs)} judged pairs with a grade above 0 are too few to learn from or to choose by, {_LEAST_PAIRS} are the "
-                "least: judge more, or let an LLM write queries for your passages with noisewise.retrieval.synthesize"
+                f"{len(pairs)} judged pairs with a grade above 0 are too few to learn from or to choose by, {_LEAST_PAIRS} are "
+                "the least: judge more, or let an LLM write queries for your passages with noisewise.retrieval.synthesize"
             )
         box = self._connected()
         vectors = torch.from_numpy(box.vectors(texts, "document", progress))
@@ -224,9 +225,9 @@ class Mafin:
     ) -> "Mafin":
         """What `save_pretrained` wrote, on the black box it was fitted to.
 
-        `check`: ask the black box for eight fixed texts, and compare with what it said then. `augment`: the small model, where it
-        is of a class of your own. Raises `RunFolderError` for the folder of another class and damage, `NoisewiseError` where the black
-        box is another one or gives other vectors than it did.
+        `check`: ask the black box for eight fixed texts, and compare with what it said then. `augment`: the small model, where
+        it is of a class of your own. Raises `RunFolderError` for the folder of another class and damage, `NoisewiseError` where
+        the black box is another one or gives other vectors than it did.
         """
         config, tensors = read_pretrained(folder, _NAME)
         try:

@@ -125,7 +125,8 @@ class Selector:
         }  # fmt: skip
         if name in beside:
             base, other = beside[name]
-            assert base is not None and other is not None
+            assert base is not None
+            assert other is not None
             weights[name] = WEIGHTS[int(self._weighed(base, other, held).mean(1).argmax())]
         return Selection(self._built(name, weights, pairs), None, self.fits)
 

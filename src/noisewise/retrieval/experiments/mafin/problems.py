@@ -32,7 +32,8 @@ _CURVE = ("tenk", "covidqa")
 _BLACK_BOX = (
     f"Black box: all-MiniLM-L6-v2 behind an endpoint on this machine, 384 numbers, texts cut at {PIECES} word pieces, which "
     "favours whatever sees words; protocol W has texts whole. Gains are over it, paired by query, with 95 % intervals of a "
-    "bootstrap over queries. Small model: a table of word pieces, 256 numbers, that starts by distilling BM25 on the passages, without labels. "
+    "bootstrap over queries. Small model: a table of word pieces, 256 numbers, that starts by distilling BM25 on the passages, "
+    "without labels. "
     "Two learning rates tried for whatever holds it, four for adapters, on dev queries."
 )
 _TOLD = {

@@ -108,12 +108,13 @@ def _parted(found: JudgedSet, seed: int, pairs: int | None) -> JudgedSet:
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
         every = every[order[:pairs]]
     parts = split_by_passage(every, _DEV_SHARE, seed)
-    train, dev = ({names[int(query)]: {} for query in part.query} for part in parts)
+    train: Qrels = {}
+    dev: Qrels = {}
     for part, qrels in zip(parts, (train, dev), strict=True):
         for query, document, grade in zip(
             part.query.tolist(), part.document.tolist(), part.grade.tolist(), strict=True
         ):
-            qrels[names[query]][documents[document]] = int(grade)
+            qrels.setdefault(names[query], {})[documents[document]] = int(grade)
     return replace(found, train=train, dev=dev)
 
 
