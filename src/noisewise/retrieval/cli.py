@@ -364,20 +364,16 @@ def _mafin(box: "CachedBlackBox", options: dict[str, Any]) -> "Mafin":
     from noisewise.retrieval.table import WordPieceTable
 
     seed, weighting = options["seed"], options["weighting"]
-    parts = {
-        Augments.WORDS: lambda: [LexicalBlock(language=_language(options["language"]), seed=seed)],
-        Augments.TABLE: lambda: [WordPieceTable(seed=seed)],
-    }
-    wanted = (
-        (Augments.TABLE, Augments.WORDS) if options["augment"] == Augments.AUTO else (Augments(options["augment"]),)
-    )
+    parts: list[Any] = []
+    if options["augment"] != Augments.WORDS:
+        parts.append(WordPieceTable(seed=seed))
+    if options["augment"] != Augments.TABLE:
+        parts.append(LexicalBlock(language=_language(options["language"]), seed=seed))
     try:
         weight: Any = weighting if weighting in ("equal", "lambda") else float(weighting)
     except ValueError as error:
         raise InvalidInput(f"--weighting must be equal, lambda or a number, got {weighting!r}") from error
-    return Mafin(
-        box, [part for name in wanted for part in parts[name]()], weight, black_dim=options["black_dim"], seed=seed
-    )
+    return Mafin(box, parts, weight, black_dim=options["black_dim"], seed=seed)
 
 
 def _options_of(folder: Path) -> dict[str, Any]:

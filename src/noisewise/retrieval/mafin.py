@@ -16,6 +16,7 @@ from noisewise.files import write_atomically
 from noisewise.pretrained import read_pretrained, write_pretrained
 from noisewise.retrieval.beir import Corpus, Qrels, check_judgements, text_of
 from noisewise.retrieval.blackbox import CachedBlackBox, FetchCost
+from noisewise.retrieval.bm25 import BM25
 from noisewise.retrieval.cache import EmbeddingCache
 from noisewise.retrieval.card import model_card
 from noisewise.retrieval.distillation import distil_bm25
@@ -29,7 +30,7 @@ from noisewise.retrieval.selection import Selector, check_form
 from noisewise.retrieval.table import WordPieceTable
 from noisewise.typing import check_count
 
-__all__ = ["Mafin"]
+__all__ = ["Mafin", "started"]
 
 _NAME = "Mafin"
 _LEAST_PAIRS = 20
@@ -138,7 +139,8 @@ class Mafin:
         if lexical is not None:
             lexical.fit(texts)
         if table is not None:
-            _started(table, unlabelled, lexical, distil, seed, progress)
+            language = "english" if lexical is None else lexical.language
+            started(table, unlabelled, language, distil, seed, progress)
         folder = None if resume is None else Path(resume)
         apart = Pairs.of(held, names, documents) if held else None
         selector = Selector(data, apart, table, lexical, self.weighting, options, seed, folder, progress)
@@ -320,14 +322,13 @@ def _parts(augment: Any, seed: int) -> tuple[Any, LexicalBlock | None]:
     return small[0] if small else None, words[0] if words else None
 
 
-def _started(table: Any, texts: list[str], lexical: LexicalBlock | None, steps: int, seed: int, progress: bool) -> None:
-    """Vocabulary of the corpus, and a start that ranks as BM25 does."""
+def started(
+    table: Any, texts: Sequence[str], language: str | None, steps: int, seed: int, progress: bool = False
+) -> None:
+    """Give a trainable part the vocabulary of `texts`, and a start that ranks them as BM25 does, after `steps` of training."""
     table.prepare(texts)
     if check_count("distil", steps, 0):
-        from noisewise.retrieval.bm25 import BM25
-
-        bm25 = BM25.of(texts, language="english" if lexical is None else lexical.language)
-        distil_bm25(table, bm25, texts, steps=steps, seed=seed, progress=progress)
+        distil_bm25(table, BM25.of(texts, language=language), texts, steps=steps, seed=seed, progress=progress)
     table.eval()
 
 

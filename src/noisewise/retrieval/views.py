@@ -40,4 +40,6 @@ class _MafinModule(_modules.InputModule):  # type: ignore[misc]
         return self._mafin.get_embedding_dimension()
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **options: Any) -> None:
-        raise NoisewiseError("a Mafin seen as a SentenceTransformer is not saved there: call save_pretrained of the Mafin")
+        raise NoisewiseError(
+            "a Mafin seen as a SentenceTransformer is not saved there: call save_pretrained of the Mafin"
+        )

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from noisewise.comparison import Problem, System
-from noisewise.retrieval.experiments.mafin.sets import PIECES, JudgedSet, judged_set, present
+from noisewise.retrieval.experiments.mafin.sets import PIECES, judged_set, present
 from noisewise.retrieval.experiments.mafin.systems import (
     ADAPTERS,
     CHOICE,
@@ -12,6 +12,7 @@ from noisewise.retrieval.experiments.mafin.systems import (
     LEXICAL,
     NUDGE,
     SMALL,
+    Bench,
     columns,
     reduced,
     systems,
@@ -28,7 +29,7 @@ _FOREIGN = ("German to English", "Spanish to English", "Chinese to English")
 _EPOCHS = {"quick": 2, "cpu": 10, "paper": 10}
 # judged pairs of the curve, numbers of the black box that are kept, word pieces that are enough for nearly every passage
 _PAIRS, _NUMBERS, _WHOLE = (50, 100, 200, 500), (32, 64, 128, 256), 256
-_CURVE = ("tenk", "covidqa")
+_CURVE, _QUICK = ("tenk", "covidqa"), 100
 _BLACK_BOX = (
     f"Black box: all-MiniLM-L6-v2 behind an endpoint on this machine, 384 numbers, texts cut at {PIECES} word pieces, which "
     "favours whatever sees words; protocol W has texts whole. Gains are over it, paired by query, with 95 % intervals of a "
@@ -49,7 +50,11 @@ _TOLD = {
 def problems(scale: str) -> tuple[Problem, ...]:
     """All problems at `scale` whose data are at hand."""
     if scale == "quick":
-        return (_problem("A", "tenk", "tenk", (BLACK, LEXICAL, WORDS, MAFIN), scale, (_BLACK_BOX, _note("tenk")))[1],)
+        told = f"tenk, {_QUICK} passages: the first of each corpus, and what is asked about them."
+        return (
+            _problem("A", f"tenk, {_QUICK} passages", "tenk", (BLACK, LEXICAL, WORDS, MAFIN), scale, (_BLACK_BOX, told),
+                     passages=_QUICK)[1],
+        )  # fmt: skip
     found = [
         _problem("A", name, name, _ALL, scale, (_BLACK_BOX, _note(name)) if name == "tenk" else (_note(name),))
         for name in _MAIN
@@ -82,17 +87,17 @@ def problems(scale: str) -> tuple[Problem, ...]:
 
 def _problem(
     protocol: str, title: str, name: str, names: tuple[str, ...], scale: str, notes: tuple[str, ...],
-    pieces: int | None = None, **options: Any,
+    pieces: int = PIECES, **options: Any,
 ) -> tuple[str, Problem]:  # fmt: skip
-    judged = functools.lru_cache(maxsize=2)(functools.partial(judged_set, name, **options))
-    return name, _made(protocol, title, systems(names, judged, pieces, untuned=protocol == "B"), scale, notes)
+    bench = Bench(functools.partial(judged_set, name, **options), pieces)
+    return name, _made(protocol, title, systems(names, bench, untuned=protocol in "BE"), scale, notes)
 
 
 def _fewer_numbers(name: str, scale: str) -> tuple[str, Problem]:
-    judged: Any = functools.lru_cache(maxsize=2)(functools.partial[JudgedSet](judged_set, name))
-    cut = tuple(reduced(numbers, words, judged) for words in (False, True) for numbers in _NUMBERS)
+    bench = Bench(functools.partial(judged_set, name))
+    cut = tuple(reduced(numbers, words, bench) for words in (False, True) for numbers in _NUMBERS)
     note = f"{name}, storage: the black box cut to its first principal directions over the passages; words are 1024 numbers."
-    whole = systems((BLACK, WORDS), judged)
+    whole = systems((BLACK, WORDS), bench)
     return name, _made("D", f"{name}, storage", (*whole, *cut), scale, (note,))
 
 

@@ -83,12 +83,15 @@ def _loaded(name: str) -> JudgedSet:
     return JudgedSet(name, corpus, searched, queries | asked, train, dev, test)
 
 
-def judged_set(name: str, seed: int, pairs: int | None = None, shuffled: bool = False) -> JudgedSet:
+def judged_set(
+    name: str, seed: int, pairs: int | None = None, shuffled: bool = False, passages: int | None = None
+) -> JudgedSet:
     """What a seed may see: a set without dev queries is parted by it; seeds of tuning are tested on dev queries.
 
     `pairs`: learn from so many judged pairs only, dev among them. `shuffled`: passages are dealt anew to the queries.
+    `passages`: only the first so many of each corpus, with what is asked about them.
     """
-    found = _loaded(name)
+    found = _loaded(name) if passages is None else _first(_loaded(name), passages)
     if not found.dev or pairs is not None:
         found = _parted(found, seed, pairs)
     if shuffled:
@@ -97,6 +100,18 @@ def judged_set(name: str, seed: int, pairs: int | None = None, shuffled: bool = 
         return found
     inner = _parted(replace(found, dev={}), seed, None)
     return replace(inner, searched=found.corpus, test=found.dev)
+
+
+def _first(found: JudgedSet, passages: int) -> JudgedSet:
+    corpus, searched = (dict(list(whole.items())[:passages]) for whole in (found.corpus, found.searched))
+
+    def about(kept: Corpus, qrels: Qrels) -> Qrels:
+        return {query: judged for query, judged in qrels.items() if judged.keys() <= kept.keys()}
+
+    return replace(
+        found, corpus=corpus, searched=searched if found.apart else corpus, train=about(corpus, found.train),
+        dev=about(corpus, found.dev), test=about(searched, found.test),
+    )  # fmt: skip
 
 
 def _parted(found: JudgedSet, seed: int, pairs: int | None) -> JudgedSet:

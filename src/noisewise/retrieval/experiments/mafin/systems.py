@@ -1,10 +1,11 @@
 """The contestants: each scores the passages that are searched for test queries, out of the same black box and judgements."""
 
 import contextlib
+import functools
 import io
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from noisewise.retrieval.beir import text_of
 from noisewise.retrieval.bm25 import BM25
 from noisewise.retrieval.evaluation import Evaluation, evaluate, paired_bootstrap
 from noisewise.retrieval.experiments.mafin.adapters import Adapter
-from noisewise.retrieval.experiments.mafin.sets import JudgedSet, black_box
+from noisewise.retrieval.experiments.mafin.sets import PIECES, JudgedSet, black_box
 from noisewise.retrieval.fitting import RankingData, fit_joint
+from noisewise.retrieval.forms import Form
 from noisewise.retrieval.joint import JointEncoder
 from noisewise.retrieval.lexical import LexicalBlock
-from noisewise.retrieval.mafin import Mafin
+from noisewise.retrieval.mafin import Mafin, started
 from noisewise.retrieval.pairs import Pairs, ndcg
 from noisewise.retrieval.selection import (
     ALONE,
@@ -35,10 +37,24 @@ from noisewise.retrieval.selection import (
     MAFIN_WORDS,
     WEIGHTS,
     WORDS,
+    Selector,
 )
+from noisewise.retrieval.table import WordPieceTable
 from noisewise.typing import Cost
 
-__all__ = ["ADAPTERS", "CHOICE", "HYBRID", "LEXICAL", "NUDGE", "SMALL", "Searched", "columns", "reduced", "systems"]
+__all__ = [
+    "ADAPTERS",
+    "CHOICE",
+    "HYBRID",
+    "LEXICAL",
+    "NUDGE",
+    "SMALL",
+    "Bench",
+    "Searched",
+    "columns",
+    "reduced",
+    "systems",
+]
 
 CHOICE, HYBRID, LEXICAL, NUDGE = "guard's choice", "black box + BM25, two indexes", "BM25", "NUDGE-N"
 SMALL, ADAPTERS = "small model alone", {"linear adapter": None, "MLP adapter": 512}
@@ -68,44 +84,80 @@ class _Given:
     data: RankingData
     dev: Pairs
     test_names: list[str]
+    test_texts: list[str]
     test_vectors: Tensor
     searched_names: list[str]
     searched_texts: list[str]
     searched_vectors: Tensor
 
 
-def systems(
-    names: tuple[str, ...], judged: Callable[[int], JudgedSet], pieces: int | None = None, untuned: bool = False
-) -> tuple[System, ...]:
-    """A system for each name, whose budget is epochs of training; `judged(seed)`: what a seed may see."""
+class Bench:
+    """A set for all systems of a problem: read once for a seed, and what several systems train alike is trained once.
+
+    `judged(seed)`: what a seed may see. `pieces`: that the black box reads, by default the comparison's.
+    """
+
+    def __init__(self, judged: Callable[[int], JudgedSet], pieces: int = PIECES) -> None:
+        self.judged, self.pieces = judged, pieces
+        self._given: dict[int, _Given] = {}
+        self._fits: dict[tuple[int, float | None, float], dict[str, Any]] = {}
+
+    def given(self, seed: int) -> _Given:
+        """The set as tensors."""
+        if seed not in self._given:
+            self._given = {seed: _as_tensors(self.judged(seed), self.pieces)}
+        return self._given[seed]
+
+    def selector(self, seed: int, epochs: float, lr: float | None) -> Selector:
+        """All that Mafin's candidates are made from, with the fits that were made for other systems."""
+        given = self.given(seed)
+        table, lexical = _started(given.judged.name, seed, tuple(given.data.documents), tuple(given.searched_texts))
+        options = {"epochs": epochs} | ({} if lr is None else {"lr": lr})
+        fits = self._fits.setdefault((seed, lr, epochs), {})
+        return Selector(given.data, given.dev, table, lexical, "equal", options, seed, fits=fits)
+
+
+@functools.lru_cache(maxsize=1)
+def _started(name: str, seed: int, documents: tuple[str, ...], searched: tuple[str, ...]) -> tuple[Any, LexicalBlock]:
+    """The small model where labels begin to matter, and the words: the same for all problems on one set."""
+    table = WordPieceTable(seed=seed)
+    started(table, list(dict.fromkeys([*documents, *searched])), "english", 200, seed)
+    return table, LexicalBlock(seed=seed).fit(documents)
+
+
+def systems(names: tuple[str, ...], bench: Bench, untuned: bool = False) -> tuple[System, ...]:
+    """A system for each name, whose budget is epochs of training. `untuned`: with the first learning rate."""
 
     def system(name: str) -> System:
         def draw(budget: float | int, seed: int, lr: float | None = None) -> Searched:
-            given, begin = _given(judged(seed), pieces), time.monotonic()
-            scores, numbers, choice = _MAKERS[name](name, given, budget, seed, lr)
+            given, begin = bench.given(seed), time.monotonic()
+            scores, numbers, choice = _MAKERS[name](name, bench, float(budget), seed, lr)
             cost = Cost(seconds=time.monotonic() - begin)
             notes = (f"{choice} was chosen",) if choice else ()
             by_black = given.test_vectors @ given.searched_vectors.T
             return Searched(_evaluated(given, scores), _evaluated(given, by_black), numbers, cost, choice, notes)
 
+        settings = _TUNED.get(name, ({},))
         extra = ("nudge", "bench") if name == NUDGE else None
-        return System(name, draw, ({"lr": 3e-3},) if untuned and name in _TUNED else _TUNED.get(name, ({},)), extra)
+        return System(name, draw, settings[:1] if untuned else settings, extra)
 
     return tuple(system(name) for name in names)
 
 
-def reduced(numbers: int, words: bool, judged: Callable[[int], JudgedSet]) -> System:
-    """The black box cut to so many principal directions, alone or with words beside it."""
+def reduced(numbers: int, words: bool, bench: Bench) -> System:
+    """The black box cut to so many principal directions of the passages, alone or with words beside it."""
     name = f"{numbers} numbers of the black box" + (" + words" if words else "")
 
     def draw(budget: float | int, seed: int) -> Searched:
-        given, begin = _given(judged(seed), None), time.monotonic()
-        mafin = Mafin(black_box(), LexicalBlock(seed=seed), black_dim=numbers, seed=seed)
-        _fit(mafin, given, form=WORDS)
-        if words:
-            q, d = _encoded(mafin, given)
-        else:
-            q, d = (_cut(mafin, vectors) for vectors in (given.test_vectors, given.searched_vectors))
+        given, begin = bench.given(seed), time.monotonic()
+        mafin = Mafin(black_box(bench.pieces), LexicalBlock(seed=seed), black_dim=numbers, seed=seed)
+        judged = given.judged
+        mafin.fit(
+            judged.corpus, judged.queries, judged.train, judged.dev, form=WORDS if words else BLACK,
+            search=judged.searched if judged.apart else None,
+        )  # fmt: skip
+        q = mafin.encode_query(given.test_texts, convert_to_tensor=True)
+        d = mafin.encode_document(given.searched_texts, convert_to_tensor=True)
         cost = Cost(seconds=time.monotonic() - begin)
         by_black = given.test_vectors @ given.searched_vectors.T
         return Searched(_evaluated(given, q @ d.T), _evaluated(given, by_black), d.shape[1], cost)
@@ -133,33 +185,34 @@ def columns(found: Searched) -> dict[str, Measurement]:
 _Made = tuple[Float[Tensor, "query document"], int, str]
 
 
-def _by_black(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
+def _by_black(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
+    given = bench.given(seed)
     return given.test_vectors @ given.searched_vectors.T, given.test_vectors.shape[1], ""
 
 
-def _by_mafin(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
+def _by_mafin(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
     """A form of Mafin by its name, or the guard's choice."""
-    options = {} if lr is None else {"lr": lr}
-    mafin = Mafin(black_box(), weighting="equal", seed=seed)
-    _fit(mafin, given, epochs=budget, form=None if name == CHOICE else name, **options)
-    q, d = _encoded(mafin, given)
-    return q @ d.T, d.shape[1], mafin.choice_ if name == CHOICE else ""
+    selector = bench.selector(seed, budget, lr)
+    chosen = selector.select() if name == CHOICE else selector.build(name)
+    return (*_scored(chosen.form, bench.given(seed)), chosen.form.name if name == CHOICE else "")
 
 
-def _by_small(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
+def _by_small(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
     """The late fusion's small model, without the black box beside it."""
-    mafin = Mafin(black_box(), seed=seed)
-    _fit(mafin, given, epochs=budget, form=FUSION, **({} if lr is None else {"lr": lr}))
-    joint = mafin.fits_[FUSION].net
-    q = joint.encode(_test_texts(given), given.test_vectors, "query")  # type: ignore[operator]
-    d = joint.encode(given.searched_texts, given.searched_vectors, "document")  # type: ignore[operator]
-    return q @ d.T, mafin.form_.added, ""
+    joint = bench.selector(seed, budget, lr).build(FUSION).form.joint
+    assert joint is not None
+    alone = JointEncoder(joint.augment, joint.black_dim, ALONE)
+    scores, _ = _scored(Form(SMALL, joint.black_dim, alone), bench.given(seed))
+    return scores, joint.dim - joint.black_dim, ""
 
 
-def _by_adapter(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
-    data, test = given.data, _test_texts(given)
+def _by_adapter(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
+    given = bench.given(seed)
+    data = given.data
     vectors = {
-        "query": dict(zip([*data.queries, *test], torch.cat([data.query_vectors, given.test_vectors]), strict=True)),
+        "query": dict(
+            zip([*data.queries, *given.test_texts], torch.cat([data.query_vectors, given.test_vectors]), strict=True)
+        ),
         "document": dict(
             zip(
                 [*data.documents, *given.searched_texts],
@@ -172,13 +225,13 @@ def _by_adapter(name: str, given: _Given, budget: float, seed: int, lr: float | 
     joint = JointEncoder(Adapter(vectors, dim, ADAPTERS[name], seed), dim, ALONE)
     training = data.pairs[(~torch.isin(data.pairs.query, given.dev.query)).nonzero().flatten()]
     own = RankingData(data.queries, data.documents, data.query_vectors, data.document_vectors, training)
-    fit_joint(joint, own, dev=given.dev, epochs=budget, seed=seed, lr=1e-3 if lr is None else lr)
-    q = joint.encode(test, given.test_vectors, "query")
-    return q @ joint.encode(given.searched_texts, given.searched_vectors, "document").T, dim, ""
+    fit_joint(joint, own, dev=given.dev, epochs=budget, seed=seed, lr=_ADAPTER_RATES[0]["lr"] if lr is None else lr)
+    return (*_scored(Form(name, dim, joint), given)[:1], dim, "")
 
 
-def _by_nudge(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
+def _by_nudge(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
     """Moves the passages that are relevant to training queries; another corpus has none of them, and stays as it is."""
+    given = bench.given(seed)
     dim = given.test_vectors.shape[1]
     if given.judged.apart:
         return given.test_vectors @ given.searched_vectors.T, dim, ""
@@ -186,11 +239,8 @@ def _by_nudge(name: str, given: _Given, budget: float, seed: int, lr: float | No
     held = torch.isin(data.pairs.query, given.dev.query)
     parts = [_of_nudge(data, data.pairs[part.nonzero().flatten()]) for part in (~held, held)]
     with contextlib.redirect_stdout(io.StringIO()):
-        moved = (
-            require("nudge", "bench")
-            .NUDGEN(torch.device("cpu"))
-            .finetune_embeddings(data.document_vectors.numpy(), *parts)
-        )
+        nudge = require("nudge", "bench").NUDGEN(torch.device("cpu"))
+        moved = nudge.finetune_embeddings(data.document_vectors.numpy(), *parts)
     return given.test_vectors @ torch.as_tensor(np.asarray(moved)).float().T, dim, ""
 
 
@@ -200,12 +250,14 @@ def _of_nudge(data: RankingData, pairs: Pairs) -> dict[str, Any]:
     return {"q_embs": data.query_vectors[queries].numpy(), "q_ans_indx": answers}
 
 
-def _by_words(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
-    return torch.from_numpy(BM25.of(given.searched_texts).scores(_test_texts(given))).float(), 0, ""
+def _by_words(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
+    given = bench.given(seed)
+    return torch.from_numpy(BM25.of(given.searched_texts).scores(given.test_texts)).float(), 0, ""
 
 
-def _by_two_indexes(name: str, given: _Given, budget: float, seed: int, lr: float | None) -> _Made:
+def _by_two_indexes(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
     """BM25 in full beside the black box, its weight chosen on all labelled queries."""
+    given = bench.given(seed)
     data = given.data
     labelled = data.pairs.query.unique()
     texts = [data.queries[int(index)] for index in labelled]
@@ -214,8 +266,8 @@ def _by_two_indexes(name: str, given: _Given, budget: float, seed: int, lr: floa
     words = torch.from_numpy(BM25.of(data.documents).scores(texts)).float()
     values = [float(ndcg(black + weight * words, grades).mean()) for weight in WEIGHTS]
     weight = WEIGHTS[int(np.argmax(values))]
-    words, *_ = _by_words(name, given, budget, seed, lr)
-    return _by_black(name, given, budget, seed, lr)[0] + weight * words, given.test_vectors.shape[1], ""
+    tested, *_ = _by_words(name, bench, budget, seed, lr)
+    return _by_black(name, bench, budget, seed, lr)[0] + weight * tested, given.test_vectors.shape[1], ""
 
 
 _MAKERS: dict[str, Callable[..., _Made]] = {
@@ -233,61 +285,36 @@ _TUNED = dict.fromkeys(ADAPTERS, _ADAPTER_RATES) | dict.fromkeys((SMALL, FUSION,
 # ---- parts
 
 
-def _given(judged: JudgedSet, pieces: int | None) -> _Given:
-    box = black_box() if pieces is None else black_box(pieces)
+def _as_tensors(judged: JudgedSet, pieces: int) -> _Given:
+    box = black_box(pieces)
     labelled = [*judged.train, *judged.dev]
     names = list(judged.corpus)
     texts = [text_of(judged.corpus[name]) for name in names]
     queries = [judged.queries[name] for name in labelled]
     searched, test = list(judged.searched), list(judged.test)
-    searched_texts = [text_of(judged.searched[name]) for name in searched]
+    searched_texts, test_texts = (
+        [text_of(judged.searched[name]) for name in searched],
+        [judged.queries[n] for n in test],
+    )
 
     def vectors(of: list[str], kind: str) -> Tensor:
         return torch.from_numpy(box.vectors(of, kind))
 
-    data = RankingData(
-        queries,
-        texts,
-        vectors(queries, "query"),
-        vectors(texts, "document"),
-        Pairs.of(judged.train | judged.dev, labelled, names),
-    )
+    every = Pairs.of(judged.train | judged.dev, labelled, names)
+    data = RankingData(queries, texts, vectors(queries, "query"), vectors(texts, "document"), every)
+    dev, asked = Pairs.of(judged.dev, labelled, names), vectors(test_texts, "query")
     return _Given(
-        judged,
-        data,
-        Pairs.of(judged.dev, labelled, names),
-        test,
-        vectors([judged.queries[name] for name in test], "query"),
-        searched,
-        searched_texts,
-        vectors(searched_texts, "document"),
+        judged, data, dev, test, test_texts, asked, searched, searched_texts, vectors(searched_texts, "document")
     )
 
 
-def _fit(mafin: Mafin, given: _Given, **options: Any) -> None:
-    judged = given.judged
-    mafin.fit(
-        judged.corpus,
-        judged.queries,
-        judged.train,
-        judged.dev,
-        search=judged.searched if judged.apart else None,
-        **options,
-    )
-
-
-def _encoded(mafin: Mafin, given: _Given) -> tuple[Tensor, Tensor]:
-    q = mafin.encode_query(_test_texts(given), convert_to_tensor=True)
-    return q, mafin.encode_document(given.searched_texts, convert_to_tensor=True)
-
-
-def _cut(mafin: Mafin, vectors: Tensor) -> Tensor:
-    assert mafin.rotation_ is not None
-    return torch.nn.functional.normalize(vectors @ mafin.rotation_, dim=1)
-
-
-def _test_texts(given: _Given) -> list[str]:
-    return [given.judged.queries[name] for name in given.test_names]
+def _scored(form: Form, given: _Given) -> tuple[Float[Tensor, "query document"], int]:
+    """Of test queries, whose words are learned from the passages that are searched."""
+    if form.lexical is not None and given.judged.apart:
+        words = LexicalBlock(form.lexical.dim, form.lexical.language, form.lexical.seed).fit(given.searched_texts)
+        form = replace(form, lexical=words)
+    q = form.vectors(given.test_texts, given.test_vectors, "query")
+    return q @ form.vectors(given.searched_texts, given.searched_vectors, "document").T, form.dim
 
 
 def _evaluated(given: _Given, scores: Float[Tensor, "query document"]) -> Evaluation:
