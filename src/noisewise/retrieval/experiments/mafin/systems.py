@@ -105,7 +105,7 @@ class Bench:
     def given(self, seed: int) -> _Given:
         """The set as tensors."""
         if seed not in self._given:
-            self._given = {seed: _as_tensors(self.judged(seed), self.pieces)}
+            self._given[seed] = _as_tensors(self.judged(seed), self.pieces)
         return self._given[seed]
 
     def selector(self, seed: int, epochs: float, lr: float | None) -> Selector:
@@ -117,7 +117,8 @@ class Bench:
         return Selector(given.data, given.dev, table, lexical, "equal", options, seed, fits=fits)
 
 
-@functools.lru_cache(maxsize=1)
+# the seeds of a problem and that of its tuning
+@functools.lru_cache(maxsize=4)
 def _started(name: str, seed: int, documents: tuple[str, ...], searched: tuple[str, ...]) -> tuple[Any, LexicalBlock]:
     """The small model where labels begin to matter, and the words: the same for all problems on one set."""
     table = WordPieceTable(seed=seed)
