@@ -33,7 +33,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.installed-all
+demo: $(VENV)/.installed-all,demo
 	$(BIN)/noisewise demo --out $(DEMO_OUT)
 
 test: $(VENV)/.installed-dev
