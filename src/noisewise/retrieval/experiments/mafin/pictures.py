@@ -20,7 +20,7 @@ def illustrate(report: Report, results: Results, pictures: Any) -> None:
     """Add the figures."""
     problems = results.problems
     for problem in problems:
-        if "," not in problem:
+        if not problem.endswith(" pairs"):
             report.figure(measurement_plot(results, _SCORE, problem), f"{problem}: {_SCORE}")
     for name in problems:
         pairs = {int(p.split()[-2]): p for p in problems if p.startswith(f"{name}, ") and p.endswith(" pairs")}
