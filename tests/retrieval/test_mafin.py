@@ -188,6 +188,22 @@ def test_fewer_numbers_of_the_black_box(report_of_lyft, tmp_path):
     np.testing.assert_array_equal(Mafin.from_pretrained(tmp_path / "model", trigrams).encode_document(texts), vectors)
 
 
+def test_a_vector_that_a_store_cannot_hold_is_not_chosen(report_of_lyft):
+    corpus, queries, judged = report_of_lyft
+    model = Mafin(trigrams, LexicalBlock(dim=256), max_dim=200).fit(corpus, queries, judged)
+    assert model.choice_ == "black box"
+    words = next(row for row in model.report_.rows if row.name == "black box + words")
+    assert words.lower > 0
+    assert "more than 200 numbers" in words.note
+    with pytest.raises(InvalidInput, match="has 304 numbers, more than max_dim=200"):
+        Mafin(trigrams, LexicalBlock(dim=256), max_dim=200).fit(corpus, queries, judged, form="black box + words")
+    with pytest.raises(InvalidInput, match="the black box has 48 numbers, more than max_dim=40"):
+        Mafin(trigrams, LexicalBlock(dim=256), max_dim=40).fit(corpus, queries, judged)
+    assert (
+        Mafin(trigrams, LexicalBlock(dim=64), max_dim=112).fit(corpus, queries, judged).choice_ == "black box + words"
+    )
+
+
 def test_it_can_be_seen_as_a_sentence_transformer(fitted, report_of_lyft, tmp_path):
     view = fitted.as_sentence_transformer()
     texts = [*list(report_of_lyft[1].values())[:5], "x"]

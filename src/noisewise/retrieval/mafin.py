@@ -49,7 +49,8 @@ class Mafin:
     `OpenAICompatible` client. `augment`: what may stand beside it: "auto", a `WordPieceTable` and a `LexicalBlock`; one or both
     of those; any `Augment`, such as a `SentenceEncoder`. `weighting`: "equal", "lambda" or a number, see `JointEncoder`.
     `cache`: a file or an `EmbeddingCache` where black-box vectors are kept; None keeps them in memory. `black_dim`: keep
-    only so many principal directions of the black-box vectors, to store less; None keeps them whole.
+    only so many principal directions of the black-box vectors, to store less; None keeps them whole. `max_dim`: the most
+    numbers that a vector may have; pgvector's indexes take 2,000, and 4,000 as halfvec.
 
     After `fit`: `choice_`, which form was chosen; `report_`, the guard's table; `fits_`, the trainings behind it; `form_`.
 
@@ -65,6 +66,7 @@ class Mafin:
         *,
         cache: EmbeddingCache | str | Path | None = None,
         black_dim: int | None = None,
+        max_dim: int | None = None,
         seed: int = 0,
     ) -> None:
         self.black_box = black_box
@@ -72,6 +74,7 @@ class Mafin:
         self.weighting = weighting
         self.cache = cache
         self.black_dim = black_dim
+        self.max_dim = max_dim
         self.seed = seed
 
     # ---- learning
@@ -108,8 +111,7 @@ class Mafin:
             raise InvalidInput(f"there is no option {unknown[0]!r} of a fit; there are {', '.join(_OPTIONS)}")
         seed = check_count("seed", self.seed, 0)
         table, lexical = _parts(self.augment, seed)
-        if form is not None:
-            check_form(form, table, lexical)
+        added = 0 if form is None else check_form(form, table, lexical)
         passages, asked = _corpus(corpus), dict(queries)
         judged, held = _qrels(qrels), {} if dev is None else _qrels(dev)
         twice = sorted(judged.keys() & held.keys())
@@ -135,6 +137,12 @@ class Mafin:
             asked_texts, texts, self._reduced(torch.from_numpy(box.vectors(asked_texts, "query", progress))),
             self._reduced(vectors), pairs,
         )  # fmt: skip
+        kept = data.document_vectors.shape[1]
+        if self.max_dim is not None and kept + added > check_count("max_dim", self.max_dim):
+            raise InvalidInput(
+                f"{form or 'the black box'} has {kept + added} numbers, more than max_dim={self.max_dim}: keep fewer of the "
+                "black box with black_dim=, or take a smaller LexicalBlock(dim=) or WordPieceTable(dim=)"
+            )
         unlabelled = [*texts, *(text_of(passage) for passage in searched.values())]
         if lexical is not None:
             lexical.fit(texts)
@@ -143,7 +151,7 @@ class Mafin:
             started(table, unlabelled, language, distil, seed, progress)
         folder = None if resume is None else Path(resume)
         apart = Pairs.of(held, names, documents) if held else None
-        selector = Selector(data, apart, table, lexical, self.weighting, options, seed, folder, progress)
+        selector = Selector(data, apart, table, lexical, self.weighting, options, seed, folder, progress, self.max_dim)
         chosen = selector.select() if form is None else selector.build(form)
         self.form_, self.report_, self.fits_ = chosen.form, chosen.report, chosen.fits
         self.choice_ = self.form_.name
@@ -168,8 +176,9 @@ class Mafin:
     def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Any:
         """Unit vectors of passages, (text, dim), or (dim,) for a single text: float32, numpy unless `convert_to_tensor`.
 
-        Options: `batch_size` (of the small model), `show_progress_bar`, `convert_to_numpy`, `convert_to_tensor`. Vectors of the
-        black box come from the cache where they are in it. A passage with a title is "title text", as `text_of` joins them.
+        Options: `batch_size` (of the small model), `show_progress_bar`, `convert_to_numpy`, `convert_to_tensor`, and
+        `normalize_embeddings`, which changes nothing, for they always are units. Vectors of the black box come from the cache where
+        they are in it. A passage with a title is "title text", as `text_of` joins them.
         """
         return self._encode(sentences, "document", **options)
 
@@ -288,16 +297,17 @@ class Mafin:
         kind: str,
         *,
         batch_size: int = 256,
-        show_progress_bar: bool = False,
+        show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
+        normalize_embeddings: bool = True,
     ) -> Any:
         form = self._fitted()
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         if not texts:
             found = torch.empty(0, form.dim)
         else:
-            black = self._reduced(torch.from_numpy(self._connected().vectors(texts, kind, show_progress_bar)))
+            black = self._reduced(torch.from_numpy(self._connected().vectors(texts, kind, bool(show_progress_bar))))
             found = form.vectors(texts, black, kind, batch_size)
         if isinstance(sentences, str):
             found = found[0]

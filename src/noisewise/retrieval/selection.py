@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,30 @@ __all__ = [
 
 # a share of labelled queries smaller than this, and every one of them is judged on by cross-fitting
 _ENOUGH, _SHARE, _FOLDS = 50, 0.2, 5
+# queries that candidates are judged on, of more a random part
+_MOST = 1000
 # weights of words, and of a small model, beside what is there already
 WEIGHTS = tuple(0.05 * 2 ** (i / 2) for i in range(20))
 # weighting=w of a joint encoder that is its small part alone: the black box counts 1 / w^2
 ALONE = 1e4
 
 BLACK, WORDS, CONCATENATION, FUSION = "black box", "black box + words", "concatenation", "late fusion"
-MAFIN, LAMBDA, MAFIN_WORDS, BM25ALONE = "Mafin", "lambda-Mafin", "Mafin + words", "BM25"
+MAFIN, LAMBDA, MAFIN_WORDS, BM25_ALONE = "Mafin", "lambda-Mafin", "Mafin + words", "BM25"
 FORMS = (BLACK, WORDS, CONCATENATION, FUSION, MAFIN, LAMBDA, MAFIN_WORDS)
 # what is trained for a candidate
 _TRAINED = {FUSION: FUSION, MAFIN: MAFIN, LAMBDA: LAMBDA, MAFIN_WORDS: MAFIN}
 
 
-def check_form(name: str, augment: Any, lexical: LexicalBlock | None) -> None:
-    """Raise `InvalidInput` for a name of no form, and for one whose parts are not there."""
+def check_form(name: str, augment: Any, lexical: LexicalBlock | None) -> int:
+    """The numbers that a form adds. Raises `InvalidInput` for a name of no form, and for one whose parts are not there."""
     if name not in FORMS:
         raise InvalidInput(f"there is no form {name!r}; there are {', '.join(FORMS)}")
     small_missing = name not in (BLACK, WORDS) and augment is None
     if small_missing or (name in (WORDS, MAFIN_WORDS) and lexical is None):
         part = "trainable part" if small_missing else "LexicalBlock"
         raise InvalidInput(f"form {name!r} needs a {part} among the augments")
+    words = lexical.dim if lexical is not None and name in (WORDS, MAFIN_WORDS) else 0
+    return words + (0 if name in (BLACK, WORDS) else int(augment.dim))
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Selector:
     """Everything that candidates are made from. `data.pairs`: all that is judged, `dev` among it, on which is chosen then.
 
     `augment`: prepared and at its start, or None; `lexical`: fitted, or None. `weighting`: of Mafin. `options`: of `fit_joint`.
-    `resume`: a folder with one for each fit.
+    `resume`: a folder with one for each fit. `max_dim`: of a vector that may be chosen.
     """
 
     data: RankingData
@@ -85,23 +89,22 @@ class Selector:
     seed: int = 0
     resume: Path | None = None
     progress: bool = False
+    max_dim: int | None = None
     fits: dict[str, RetrievalFit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        documents, queries = self.data.documents, self.data.queries
         self.black_dim = self.data.document_vectors.shape[1]
-        self.grades = self.data.pairs.grades(torch.arange(len(queries)), torch.arange(len(documents)))
         self.labelled = self.data.pairs.query.unique()
-        self.by_black = self.data.query_vectors @ self.data.document_vectors.T
-        self.by_words: Tensor | None = None
+        self.words_of_documents: Tensor | None = None
         if self.lexical is not None:
-            self.by_words = self.lexical.encode_query(queries) @ self.lexical.encode_document(documents).T
+            self.words_of_documents = self.lexical.encode_document(self.data.documents)
 
     # ---- judged
 
     def select(self) -> Selection:
         """Judge all candidates, and build the one that the guard chose."""
         parts = self._parts()
+        parts = [(pairs, self._some(held)) for pairs, held in parts]
         held = torch.cat([part for _, part in parts])
         fold = torch.cat([torch.full((len(part),), index) for index, (_, part) in enumerate(parts)])
         if len(parts) == 1:
@@ -117,12 +120,10 @@ class Selector:
     def build(self, name: str) -> Selection:
         """One candidate by its name, unjudged. Its weight is chosen on held-out queries."""
         pairs, held = self._split(self.data.pairs) if self.dev is None else self._parts()[0]
-        trained, weights = _TRAINED.get(name), {}
+        held, trained, weights = self._some(held), _TRAINED.get(name), {}
         small = None if trained is None else self._scores(self._fit(trained, self._weightings()[trained], pairs), held)
-        words = None if self.by_words is None else self.by_words[held]
-        beside = {
-            WORDS: (self.by_black[held], words), FUSION: (self.by_black[held], small), MAFIN_WORDS: (small, words)
-        }  # fmt: skip
+        black, words = self._by_black(held), self._by_words(held)
+        beside = {WORDS: (black, words), FUSION: (black, small), MAFIN_WORDS: (small, words)}
         if name in beside:
             base, other = beside[name]
             assert base is not None
@@ -148,7 +149,7 @@ class Selector:
         self, held: Int[Tensor, " query"], fold: Int[Tensor, " query"], trained: dict[str, Tensor]
     ) -> tuple[list[Candidate], dict[str, float]]:
         """Candidates from simple to complex with their values on `held` queries, and the weights of those that have one."""
-        black, grades = self.by_black[held], self.grades[held]
+        black, by_words, grades = self._by_black(held), self._by_words(held), self._grades(held)
         found, weights = [Candidate(BLACK, ndcg(black, grades).numpy())], {}
         small = 0 if self.augment is None else self.augment.dim
         words = 0 if self.lexical is None else self.lexical.dim
@@ -158,10 +159,11 @@ class Selector:
             weights[name] = WEIGHTS[int(table.mean(1).argmax())]
             found.append(Candidate(name, _cross_fitted(table, fold), added, f"weight {weights[name]:.2g}"))
 
-        if self.by_words is not None:
-            weighed(WORDS, black, self.by_words[held], words)
-            # nothing of it was trained, so every labelled query may say what the final weight is
-            every = self._weighed(self.by_black[self.labelled], self.by_words[self.labelled], self.labelled)
+        if by_words is not None:
+            weighed(WORDS, black, by_words, words)
+            # nothing of it was trained, so queries that others learned from may say what the final weight is
+            some = self._some(self.labelled)
+            every = self._weighed(self._by_black(some), self._by_words(some), some)  # type: ignore[arg-type]
             weights[WORDS] = WEIGHTS[int(every.mean(1).argmax())]
         if trained:
             for name in (CONCATENATION, FUSION, MAFIN, LAMBDA):
@@ -169,12 +171,19 @@ class Selector:
                     weighed(FUSION, black, trained[FUSION], small)
                 else:
                     found.append(Candidate(name, ndcg(trained[name], grades).numpy(), small))
-            if self.by_words is not None:
-                weighed(MAFIN_WORDS, trained[MAFIN], self.by_words[held], small + words)
-        if self.by_words is not None:
-            alone = ndcg(self.by_words[held], grades).numpy()
-            found.append(Candidate(BM25ALONE, alone, note="not beside the black box", reference=True))
+            if by_words is not None:
+                weighed(MAFIN_WORDS, trained[MAFIN], by_words, small + words)
+        found = [self._fitting(candidate) for candidate in found]
+        if by_words is not None:
+            alone = ndcg(by_words, grades).numpy()
+            found.append(Candidate(BM25_ALONE, alone, note="not beside the black box", reference=True))
         return found, weights
+
+    def _fitting(self, candidate: Candidate) -> Candidate:
+        """Not to be chosen where its vector is too long."""
+        if self.max_dim is None or self.black_dim + candidate.added <= self.max_dim:
+            return candidate
+        return replace(candidate, reference=True, note=f"more than {self.max_dim} numbers")
 
     def _trained(self, parts: list[tuple[Pairs, Int[Tensor, " query"]]]) -> dict[str, Tensor]:
         """Scores of held queries over the corpus, [query, document], by every way to use the small model."""
@@ -223,16 +232,36 @@ class Selector:
 
     # ---- measured
 
+    def _some(self, queries: Int[Tensor, " query"]) -> Int[Tensor, " judged"]:
+        """All of them, or as many as are enough to judge by: scores over a whole corpus are large."""
+        if len(queries) <= _MOST:
+            return queries
+        order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(self.seed))
+        return queries[order[:_MOST].sort().values]
+
+    def _by_black(self, queries: Int[Tensor, " query"]) -> Float[Tensor, "query document"]:
+        return self.data.query_vectors[queries] @ self.data.document_vectors.T
+
+    def _by_words(self, queries: Int[Tensor, " query"]) -> Float[Tensor, "query document"] | None:
+        if self.lexical is None or self.words_of_documents is None:
+            return None
+        return self.lexical.encode_query(self._texts(queries)) @ self.words_of_documents.T
+
+    def _grades(self, queries: Int[Tensor, " query"]) -> Float[Tensor, "query document"]:
+        return self.data.pairs.grades(queries, torch.arange(len(self.data.documents)))
+
+    def _texts(self, queries: Int[Tensor, " query"]) -> list[str]:
+        return [self.data.queries[int(index)] for index in queries]
+
     def _scores(self, joint: JointEncoder, queries: Int[Tensor, " query"]) -> Float[Tensor, "query document"]:
         device = next(joint.parameters()).device
-        texts = [self.data.queries[int(index)] for index in queries]
-        q = joint.encode(texts, self.data.query_vectors[queries].to(device), "query")
+        q = joint.encode(self._texts(queries), self.data.query_vectors[queries].to(device), "query")
         d = joint.encode(self.data.documents, self.data.document_vectors.to(device), "document")
         return (q @ d.T).cpu()
 
     def _weighed(self, base: Tensor, other: Tensor, queries: Int[Tensor, " query"]) -> Float[Tensor, "weight query"]:
         """The criterion of each query for every weight of `other` beside `base`."""
-        grades = self.grades[queries]
+        grades = self._grades(queries)
         return torch.stack([ndcg(base + weight * other, grades) for weight in WEIGHTS])
 
 
