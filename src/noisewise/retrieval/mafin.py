@@ -177,8 +177,8 @@ class Mafin:
         """Unit vectors of passages, (text, dim), or (dim,) for a single text: float32, numpy unless `convert_to_tensor`.
 
         Options: `batch_size` (of the small model), `show_progress_bar`, `convert_to_numpy`, `convert_to_tensor`, and
-        `normalize_embeddings`, which changes nothing, for they always are units. Vectors of the black box come from the cache where
-        they are in it. A passage with a title is "title text", as `text_of` joins them.
+        `normalize_embeddings`, which changes nothing, for they always are units. Vectors of the black box come from the cache
+        where they are in it. A passage with a title is "title text", as `text_of` joins them.
         """
         return self._encode(sentences, "document", **options)
 

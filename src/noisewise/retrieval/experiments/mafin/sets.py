@@ -38,7 +38,10 @@ _SHIPPED = ("tenk-lyft", "tenk-uber")
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """`train` and `dev` are judged over `corpus`, `test` over `searched`, which may be the same."""
+    """`train` and `dev` are judged over `corpus`, `test` over `searched`, which may be the same.
+
+    `drawn`: `dev` is no part of the set but drawn here, so that a user of the guard would not have parted it off.
+    """
 
     name: str
     corpus: Corpus
@@ -47,6 +50,7 @@ class JudgedSet:
     train: Qrels
     dev: Qrels
     test: Qrels
+    drawn: bool = False
 
     @property
     def apart(self) -> bool:
@@ -130,7 +134,7 @@ def _parted(found: JudgedSet, seed: int, pairs: int | None) -> JudgedSet:
             part.query.tolist(), part.document.tolist(), part.grade.tolist(), strict=True
         ):
             qrels.setdefault(names[query], {})[documents[document]] = int(grade)
-    return replace(found, train=train, dev=dev)
+    return replace(found, train=train, dev=dev, drawn=True)
 
 
 def _dealt(qrels: Qrels, seed: int) -> Qrels:

@@ -194,6 +194,9 @@ def _by_black(name: str, bench: Bench, budget: float, seed: int, lr: float | Non
 def _by_mafin(name: str, bench: Bench, budget: float, seed: int, lr: float | None) -> _Made:
     """A form of Mafin by its name, or the guard's choice."""
     selector = bench.selector(seed, budget, lr)
+    if name == CHOICE and bench.given(seed).judged.drawn:
+        # a user gives all there is, and the guard parts it as it wants; nothing may be shared with other systems then
+        selector = replace(selector, dev=None, fits={})
     chosen = selector.select() if name == CHOICE else selector.build(name)
     return (*_scored(chosen.form, bench.given(seed)), chosen.form.name if name == CHOICE else "")
 
