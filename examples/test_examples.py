@@ -10,10 +10,12 @@ import own_density
 import posterior
 import posterior_uncertainty
 import pytest
+import search_reports
 import torch
 
 from noisewise.errors import NoisewiseWarning
 from noisewise.metrics import mode_weights
+from noisewise.retrieval.evaluation import paired_bootstrap
 from noisewise.targets import gmm40, posteriordb_mixture
 
 
@@ -115,3 +117,15 @@ def test_a_long_memory_is_learned_from_two_signals_and_streams():
     # and the limit that the example states: with enough data the free kernel is the better one
     assert plenty["a free kernel"] < plenty["MRConv"] < 0.1
     assert max(found["gaps"].values()) < 1e-5
+
+
+def test_what_was_learned_on_one_report_finds_more_in_another(tmp_path, capsys):
+    model, found = search_reports.main(tmp_path, passages=40, epochs=1)
+    assert model.choice_ in found
+    gain = paired_bootstrap(
+        found[model.choice_].per_query["nDCG@10"], found["the embedding alone"].per_query["nDCG@10"]
+    )
+    assert gain.low > 0
+    # words need no training, so their row is there whatever the guard chose
+    assert "black box + words" in capsys.readouterr().out
+    assert (tmp_path / "model" / "README.md").is_file()
