@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from noisewise.errors import InvalidInput
 from noisewise.metrics.measurement import Measurement
-from noisewise.retrieval.joint import JointEncoder
+from noisewise.retrieval.joint import KINDS, JointEncoder
 from noisewise.retrieval.loss import LogitScale, ranking_loss
 from noisewise.retrieval.pairs import (
     Candidates,
@@ -43,7 +43,8 @@ _LARGEST = 2**31
 class RankingData:
     """Texts, the black box's vectors of them, and which passages are relevant to which queries.
 
-    Vectors are float tensors [text, dim]; they are normalised where they are used.
+    Vectors are float tensors [text, dim]; they are normalised where they are used. `features`: by kind, of the augment that is
+    to be trained, where they are known already, as where several are trained on the same texts.
     """
 
     queries: Sequence[str]
@@ -51,6 +52,7 @@ class RankingData:
     query_vectors: Float[Tensor, "query dim"]
     document_vectors: Float[Tensor, "document dim"]
     pairs: Pairs
+    features: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("query", "document"):
@@ -185,7 +187,7 @@ class _JointObjective:
     ) -> None:
         device = next(joint.parameters()).device
         self.black = {kind: data.vectors(kind).detach().to(device) for kind in ("query", "document")}
-        self.features = {kind: joint.augment.features(data.texts(kind), kind) for kind in ("query", "document")}
+        self.features = data.features or {kind: joint.augment.features(data.texts(kind), kind) for kind in KINDS}
         self.dev, self.shown = dev, _look_documents(dev, len(data.documents), seed)
         self.smoothing = check_share("smoothing", smoothing, 1)
         self.chunk = None if chunk is None else check_count("chunk", chunk)

@@ -125,13 +125,23 @@ class JointEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, texts: Sequence[str], black: Float[Tensor, "text black"], kind: str, batch_size: int = 256
+        self,
+        texts: Sequence[str],
+        black: Float[Tensor, "text black"],
+        kind: str,
+        batch_size: int = 256,
+        features: Features | None = None,
     ) -> Float[Tensor, "text joint"]:
-        """Unit rows of `texts`, of one `kind`, "query" or "document", in eval mode and in the order they were given in."""
+        """Unit rows of `texts`, of one `kind`, "query" or "document", in eval mode and in the order they were given in.
+
+        `features`: of the very texts, where they were made before.
+        """
         check_count("batch_size", batch_size)
         if len(texts) != len(black):
             raise InvalidInput(f"{len(texts)} texts and {len(black)} black-box vectors: give one for each")
-        features = self.augment.features(list(texts), check_kind(kind))
+        check_kind(kind)
+        if features is None:
+            features = self.augment.features(list(texts), kind)
         joint = black.new_empty((len(texts), self.dim))
         with evaluating(self):
             for index in features.lengths.argsort(stable=True).split(batch_size):

@@ -15,7 +15,7 @@ from noisewise.errors import InvalidInput
 from noisewise.retrieval.fitting import RankingData, RetrievalFit, fit_joint
 from noisewise.retrieval.forms import Form
 from noisewise.retrieval.guard import Candidate, GuardReport, choose
-from noisewise.retrieval.joint import JointEncoder
+from noisewise.retrieval.joint import KINDS, JointEncoder
 from noisewise.retrieval.lexical import LexicalBlock
 from noisewise.retrieval.pairs import Pairs, folds_by_passage, ndcg, split_by_passage
 
@@ -95,6 +95,10 @@ class Selector:
     def __post_init__(self) -> None:
         self.black_dim = self.data.document_vectors.shape[1]
         self.labelled = self.data.pairs.query.unique()
+        # copies of the augment read texts alike, so that they are read once for all of them
+        self.features: dict[str, Any] = {}
+        if self.augment is not None:
+            self.features = {kind: self.augment.features(self.data.texts(kind), kind) for kind in KINDS}
         self.words_of_documents: Tensor | None = None
         if self.lexical is not None:
             self.words_of_documents = self.lexical.encode_document(self.data.documents)
@@ -223,9 +227,7 @@ class Selector:
         if name in self.fits:
             return self.fits[name].net  # type: ignore[return-value]
         joint = JointEncoder(copy.deepcopy(self.augment), self.black_dim, weighting)
-        data = RankingData(
-            self.data.queries, self.data.documents, self.data.query_vectors, self.data.document_vectors, pairs
-        )
+        data = replace(self.data, pairs=pairs, features=self.features)
         folder = None if self.resume is None else self.resume / name.replace(" ", "-")
         self.fits[name] = fit_joint(joint, data, seed=self.seed, resume=folder, progress=self.progress, **self.options)
         return joint
@@ -255,8 +257,9 @@ class Selector:
 
     def _scores(self, joint: JointEncoder, queries: Int[Tensor, " query"]) -> Float[Tensor, "query document"]:
         device = next(joint.parameters()).device
-        q = joint.encode(self._texts(queries), self.data.query_vectors[queries].to(device), "query")
-        d = joint.encode(self.data.documents, self.data.document_vectors.to(device), "document")
+        asked, documents = self.features["query"][queries], self.features["document"]
+        q = joint.encode(self._texts(queries), self.data.query_vectors[queries].to(device), "query", features=asked)
+        d = joint.encode(self.data.documents, self.data.document_vectors.to(device), "document", features=documents)
         return (q @ d.T).cpu()
 
     def _weighed(self, base: Tensor, other: Tensor, queries: Int[Tensor, " query"]) -> Float[Tensor, "weight query"]:
