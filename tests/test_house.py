@@ -35,7 +35,19 @@ def test_import_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    "package", ["sampling", "targets", "metrics", "denoising", "diffusion", "energy", "networks", "neural", "sequence"]
+    "package",
+    [
+        "sampling",
+        "targets",
+        "metrics",
+        "denoising",
+        "diffusion",
+        "energy",
+        "networks",
+        "neural",
+        "retrieval",
+        "sequence",
+    ],
 )
 def test_package_init_imports_nothing_heavy(package):
     assert loaded_by(f"import noisewise.{package}", ("torch", "matplotlib", "ot", "sklearn", "arviz", "jax")) == []
@@ -64,7 +76,19 @@ def test_every_public_name_exists(package):
 
 
 @pytest.mark.parametrize(
-    "package", ["sampling", "targets", "metrics", "denoising", "diffusion", "energy", "networks", "neural", "sequence"]
+    "package",
+    [
+        "sampling",
+        "targets",
+        "metrics",
+        "denoising",
+        "diffusion",
+        "energy",
+        "networks",
+        "neural",
+        "retrieval",
+        "sequence",
+    ],
 )
 def test_no_file_hides_the_public_name_that_it_holds(package):
     # importing the file a/b.py sets the attribute b of a to the module, over a lazy re-export of the same name

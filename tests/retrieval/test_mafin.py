@@ -13,7 +13,7 @@ import torch
 from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError
 from noisewise.retrieval import LexicalBlock, Mafin, WordPieceTable, load_beir
 from noisewise.retrieval.beir import text_of
-from noisewise.retrieval.blackbox import as_black_box
+from noisewise.retrieval.blackbox import CachedBlackBox, as_black_box
 from noisewise.retrieval.evaluation import evaluate, exact_run
 
 CALLED: list[int] = []
@@ -262,6 +262,8 @@ def test_bad_input_is_refused_before_the_black_box_is_asked(report_of_lyft, shap
         with pytest.raises(InvalidInput, match="augment"):
             Mafin(trigrams, augment).fit(*report_of_lyft)
     assert not CALLED
+    with pytest.raises(InvalidInput, match="leave cache= out"):
+        Mafin(CachedBlackBox(trigrams), LexicalBlock(dim=64), cache="vectors.sqlite").fit(*report_of_lyft)
     with pytest.raises(InvalidInput, match="not fitted"):
         Mafin(trigrams).encode_query("a")
     with pytest.raises(InvalidInput, match="48 dimensions, got 49"):

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "beir": ["load_beir"],
+        "beir": ["load_beir", "text_of"],
         "blackbox": ["CachedBlackBox", "as_black_box"],
         "bm25": ["BM25"],
         "chat": ["ChatEndpoint"],
@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "distillation": ["distil_bm25"],
         "encoder": ["SentenceEncoder"],
         "endpoint": ["OpenAICompatible"],
-        "evaluation": ["evaluate"],
+        "evaluation": ["evaluate", "exact_run", "paired_bootstrap"],
         "fitting": ["RankingData", "fit_joint"],
         "joint": ["JointEncoder"],
         "lexical": ["LexicalBlock"],

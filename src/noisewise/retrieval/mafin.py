@@ -96,7 +96,7 @@ class Mafin:
         """Learn from judged `queries` over `corpus`, and choose what is measured to be best; returns self.
 
         `corpus[id]`: {"title", "text"} or a text; `qrels[query][document] = grade`, above 0 being relevant, or pairs (query id,
-        document id). `dev`: judgements to choose on, of other queries and other passages; by default a fifth of the queries is
+        document id). `dev`: judgements to choose on, of other queries; by default a fifth of the queries is
         held out where that is 50 or more, and else all are used by cross-fitting. `search`: the corpus that will be searched,
         where it is another one: what needs no labels is learned from it. `form`: a row of the guard's table, such as "Mafin", to
         build unjudged; None leaves the choice to the guard. `distil`: label-free training steps by which a trainable part starts
@@ -270,6 +270,13 @@ class Mafin:
         self._fitted()
         return as_sentence_transformer(self)
 
+    def as_mteb(self) -> Any:
+        """This model by MTEB's encoder protocol: `mteb.evaluate(model.as_mteb(), tasks)`. Raises `MissingExtra` without mteb."""
+        from noisewise.retrieval.views import as_mteb
+
+        self._fitted()
+        return as_mteb(self, str(self._connected().identity["model"]))
+
     # ---- parts
 
     form_: Form
@@ -283,6 +290,10 @@ class Mafin:
         """The black box behind its cache, one for the life of this object."""
         if not hasattr(self, "_box"):
             given = self.black_box
+            if isinstance(given, CachedBlackBox) and self.cache is not None:
+                raise InvalidInput(
+                    "the black box given has a cache of its own: leave cache= out, or give what is behind it"
+                )
             self._box = given if isinstance(given, CachedBlackBox) else CachedBlackBox(given, self.cache)
         return self._box
 
