@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -17,14 +21,13 @@ from noisewise.command import (
     SUMMARY,
     claim,
     interruptible,
-    make_folder,
     read_command,
     read_json,
     refuse_file,
     refuse_unfinished,
     typed,
 )
-from noisewise.errors import InvalidInput, RunFolderError
+from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError, require
 from noisewise.files import write_atomically
 from noisewise.typing import check_count, check_positive
 
@@ -33,11 +36,16 @@ if TYPE_CHECKING:
     from noisewise.retrieval.blackbox import CachedBlackBox
     from noisewise.retrieval.evaluation import Evaluation
     from noisewise.retrieval.mafin import Mafin
+    from noisewise.retrieval.transport import Transport
     from noisewise.retrieval.vectors import CostEstimate
 
 __all__ = ["Augments", "TooLong", "retrieval_app"]
 
 _MODEL, _CACHE = "model", "vectors.sqlite"
+# what `Mafin.fit` takes at least
+_LEAST_PAIRS = 20
+# seconds in which an endpoint takes a connection
+_REACHED = 10.0
 _BOX = (
     "endpoint", "model", "encoder", "key_env", "dimensions", "query_type", "document_type", "query_prefix", "document_prefix",
     "too_long", "max_tokens",
@@ -154,25 +162,37 @@ def fit_command(
         corpus, queries, qrels = _load(data)
         chosen_dev = dev or ("dev" if "dev" in qrels and split != "dev" else None)
         judged, held = _judged(qrels, split, data), {} if chosen_dev is None else _judged(qrels, chosen_dev, data)
-        searched = None if search is None else _load(search)[0]
+        asked = [(name, queries[name]) for name in (*judged, *held)]
         if dry_run:
-            box = _box(options, cache or (out / _CACHE if (out / _CACHE).is_file() else None), price, rpm, tpm)
-            _show_estimate(_estimates(box, corpus, [queries[name] for name in (*judged, *held)]), as_json)
+            box = _cached(_client(options, price, rpm, tpm), cache or out / _CACHE, new=False)
+            _show_estimate(_estimates(box, corpus, asked), as_json)
             return
-        marks = {"data": data, "data_sha256": _digest(corpus, queries, qrels)}
-        claim(out, {"command": "retrieval fit", **marks, **options}, (RUN, _MODEL))
-        if not _finished(out):
-            box = _box(options, cache or out / _CACHE, price, rpm, tpm)
-            mafin = _mafin(box, options).fit(
+        command = {"command": "retrieval fit", "data": data, "data_sha256": _digest(corpus, queries, qrels), **options}
+        record = out / COMMAND
+        if record.is_file():
+            claim(out, command, (RUN, _MODEL))
+        if not (record.is_file() and _finished(out)):
+            client, parts, weight = _client(options, price, rpm, tpm), _augments(options), _weighting(weighting)
+            searched = None if search is None else _passages(search)
+            _check_fit(parts, options, judged, held, data)
+            _check_answering(client)
+            before = _cached(client, cache or out / _CACHE, new=False)
+            _announce(_estimates(before, corpus, asked).values())
+            claim(out, command, (RUN, _MODEL))
+            box = _cached(client, cache or out / _CACHE)
+            from noisewise.retrieval.mafin import Mafin
+
+            resumed = (out / RUN).is_dir()
+            mafin = Mafin(box, list(parts.values()), weight, black_dim=black_dim, seed=seed).fit(
                 corpus, queries, judged, held or None, search=searched, form=form, resume=out / RUN, progress=True,
                 epochs=options["epochs"], lr=options["lr"], batch_size=batch_size, hard_negatives=hard_negatives,
             )  # fmt: skip
             mafin.save_pretrained(out / _MODEL)
-            facts = _facts(mafin, box, data, options, len(corpus), len(judged), len(held))
+            facts = _facts(mafin, box, data, options, len(corpus), len(judged), len(held), resumed)
             line = typed(["noisewise", "retrieval", "fit", data, "-o", str(out)], options, _USUAL)
             from noisewise.retrieval.page import write_page
 
-            write_page(mafin, facts, line, out / REPORT)
+            write_page(mafin, facts, line, out, out / REPORT)
             write_atomically(out / SUMMARY, json.dumps(facts, indent=2))
     _show_fit(read_json(out / SUMMARY), out, as_json)
 
@@ -197,16 +217,25 @@ def evaluate_command(
         options = _options_of(model)
         corpus, queries, qrels = _load(data)
         judged = _judged(qrels, split, data)
-        box = _box(options, cache or model / _CACHE, price, rpm, tpm)
+        asked = [(name, queries[name]) for name in judged]
+        client, kept = _client(options, price, rpm, tpm), cache or _cache_of(model)
         if dry_run:
-            _show_estimate(_estimates(box, corpus, [queries[name] for name in judged]), as_json)
+            _show_estimate(_estimates(_cached(client, kept, new=False), corpus, asked), as_json)
             return
+        _check_answering(client)
+        box = _cached(client, kept)
+        _announce(_estimates(box, corpus, asked).values())
         from noisewise.retrieval.mafin import Mafin
 
         mafin = Mafin.from_pretrained(model / _MODEL, box)
+        if adapt and mafin.form_.lexical is None:
+            typer.echo(f"noisewise: --adapt changes nothing, {mafin.choice_} holds no words", err=True)
         if adapt:
             mafin.adapt(corpus)
         facts = _scores(mafin, box, corpus, queries, judged)
+        # the queries that a fit learns from and chooses by say too much good of it
+        own = options["data_sha256"] == _digest(corpus, queries, qrels)
+        facts["fitted_to"] = own and split in (options["split"], options["dev"] or "dev")
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -242,7 +271,8 @@ def estimate_command(
     if cache is not None and not cache.is_file():
         raise InvalidInput(f"--cache {cache} is no file: leave it out where nothing was embedded yet")
     corpus, queries, _ = _load(data)
-    _show_estimate(_estimates(_box(options, cache, price, rpm, tpm), corpus, list(queries.values())), as_json)
+    box = _cached(_client(options, price, rpm, tpm), cache)
+    _show_estimate(_estimates(box, corpus, list(queries.items())), as_json)
 
 
 @retrieval_app.command("synthesize")
@@ -272,7 +302,7 @@ def synthesize_command(
     from noisewise.retrieval.synthesis import estimate_synthesis, synthesize
 
     refuse_file(out)
-    corpus = read_corpus(data)
+    spoken, corpus = _language(language), read_corpus(data)
     prices = None if price is None else (price, price if answer_price is None else answer_price)
     llm = ChatEndpoint(endpoint, model, key=key_env or None, price=prices, rpm=rpm, tpm=tpm)
     given: dict[str, Any] = {
@@ -282,21 +312,29 @@ def synthesize_command(
         "seed": check_count("--seed", seed, 0),
     }
     with interruptible("what was written is kept; the same command goes on"):
+        # a larger sample goes on in the same folder, so it is not of the command
+        command = {
+            "command": "retrieval synthesize", "data": str(data), "endpoint": endpoint, "model": model,
+            "per_document": per_document, "example": list(given["examples"]), "language": language,
+        }  # fmt: skip
+        own = ("corpus.jsonl", "queries.jsonl", "qrels")
+        if (out / COMMAND).is_file():
+            claim(out, command, own)
+        estimate = estimate_synthesis(corpus, llm, out=out if out.is_dir() else None, **given)
         if dry_run:
-            _show_estimate(
-                {"queries": estimate_synthesis(corpus, llm, out=out if out.is_dir() else None, **given)}, as_json
-            )
+            _show_estimate({"answers": estimate}, as_json)
             return
-        make_folder(out)
-        queries, qrels = synthesize(corpus, llm, out=out, language=_language(language), progress=True, **given)
+        _check_answering(llm)
+        claim(out, command, own)
+        _announce([estimate])
+        queries, qrels = synthesize(corpus, llm, out=out, language=spoken, progress=True, **given)
         _write_beir(out, corpus, queries, qrels)
-    facts = {"out": str(out), "passages": len(corpus), "queries": len(queries), "cost": vars(llm.cost)}
+    asked_about = len({document for of in qrels.values() for document in of})
+    facts = {"out": str(out), "passages": asked_about, "queries": len(queries), "cost": vars(llm.cost)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    typer.echo(
-        f"{len(queries)} queries for {len({d for of in qrels.values() for d in of})} passages: {out}\ncost: {llm.cost}"
-    )
+    typer.echo(f"{len(queries)} queries for {asked_about} passages: {out}\ncost: {llm.cost}")
 
 
 # --- what a command is given
@@ -311,6 +349,13 @@ def _load(source: str) -> "tuple[Corpus, Queries, dict[str, Qrels]]":
     return kept, asked, {split: drop_empty(corpus, queries, judged)[2] for split, judged in qrels.items()}
 
 
+def _passages(source: str) -> "Corpus":
+    """Those of a set that need not be judged, without empty ones."""
+    from noisewise.retrieval.beir import drop_empty, read_corpus
+
+    return drop_empty(read_corpus(source), {}, {})[0] if Path(source).is_dir() else _load(source)[0]
+
+
 def _digest(*parts: Any) -> str:
     """Of all that was read, so that the same command on other contents is told from the same command."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -322,20 +367,12 @@ def _judged(qrels: "dict[str, Qrels]", split: str, data: str) -> "Qrels":
     return {query: of for query, of in qrels[split].items() if any(grade > 0 for grade in of.values())}
 
 
-def _box(
-    options: dict[str, Any], cache: Path | None, price: float | None, rpm: float | None, tpm: float | None
-) -> "CachedBlackBox":
-    """The black box of the options, behind a cache."""
-    from noisewise.retrieval.blackbox import CachedBlackBox
-
+def _client(options: dict[str, Any], price: float | None, rpm: float | None, tpm: float | None) -> Any:
+    """The black box of the options, which was not asked for anything yet."""
     if (options["encoder"] is None) == (options["endpoint"] is None):
         raise InvalidInput("give the black box: --endpoint URL with --model NAME, or --encoder FOLDER, and not both")
     if options["encoder"] is not None:
-        from noisewise.errors import require
-
-        return CachedBlackBox(
-            require("sentence_transformers", "retrieval").SentenceTransformer(options["encoder"]), cache
-        )
+        return _encoder(options["encoder"])
     if options["model"] is None:
         raise InvalidInput(f"--endpoint {options['endpoint']} needs --model NAME")
     from noisewise.retrieval.endpoint import OpenAICompatible
@@ -344,36 +381,110 @@ def _box(
         found = {kind: options[f"{kind}_{name}"] for kind in ("query", "document")}
         return {kind: value for kind, value in found.items() if value is not None} or None
 
-    return CachedBlackBox(
-        OpenAICompatible(
-            options["endpoint"], options["model"], dimensions=options["dimensions"], key=options["key_env"] or None,
-            input_types=by_kind("type"), prefixes=by_kind("prefix"), too_long=options["too_long"],
-            max_tokens=options["max_tokens"], price=price, rpm=rpm, tpm=tpm,
-        ),
-        cache,
+    return OpenAICompatible(
+        options["endpoint"], options["model"], dimensions=options["dimensions"], key=options["key_env"] or None,
+        input_types=by_kind("type"), prefixes=by_kind("prefix"), too_long=options["too_long"],
+        max_tokens=options["max_tokens"], price=price, rpm=rpm, tpm=tpm,
     )  # fmt: skip
 
 
+def _encoder(name: str) -> Any:
+    transformers = require("sentence_transformers", "retrieval")
+    try:
+        return transformers.SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise InvalidInput(
+            f"--encoder {name} cannot be loaded ({said}); give the folder of a sentence-transformers model, or its hub id"
+        ) from error
+
+
+def _cached(client: Any, path: Path | None, new: bool = True) -> "CachedBlackBox":
+    """`client` behind the vectors in `path`; without a `new` file, where there is none yet."""
+    from noisewise.retrieval.blackbox import CachedBlackBox
+
+    return CachedBlackBox(client, path if path is not None and (new or path.is_file()) else None)
+
+
 def _language(name: str) -> str | None:
-    return None if name == "none" else name
+    if name == "none":
+        return None
+    known = require("Stemmer", "retrieval").algorithms()
+    if name not in known:
+        raise InvalidInput(f"--language must be none or one of {', '.join(known)}, got {name!r}")
+    return name
 
 
-def _mafin(box: "CachedBlackBox", options: dict[str, Any]) -> "Mafin":
+def _weighting(given: str) -> Any:
+    if given in ("equal", "lambda"):
+        return given
+    try:
+        return check_positive("--weighting", float(given))
+    except ValueError as error:
+        raise InvalidInput(f"--weighting must be equal, lambda or a number above 0, got {given!r}") from error
+
+
+def _augments(options: dict[str, Any]) -> dict[str, Any]:
+    """What may stand beside the black box, by its name."""
     from noisewise.retrieval.lexical import LexicalBlock
-    from noisewise.retrieval.mafin import Mafin
     from noisewise.retrieval.table import WordPieceTable
 
-    seed, weighting = options["seed"], options["weighting"]
-    parts: list[Any] = []
+    seed, language = options["seed"], _language(options["language"])
+    parts: dict[str, Any] = {}
     if options["augment"] != Augments.WORDS:
-        parts.append(WordPieceTable(seed=seed))
+        parts["table"] = WordPieceTable(seed=seed)
     if options["augment"] != Augments.TABLE:
-        parts.append(LexicalBlock(language=_language(options["language"]), seed=seed))
+        parts["words"] = LexicalBlock(language=language, seed=seed)
+    return parts
+
+
+def _check_fit(parts: dict[str, Any], options: dict[str, Any], judged: "Qrels", held: "Qrels", data: str) -> None:
+    """Refuse what cannot be learned from, before a folder is made and anything is paid for."""
+    from noisewise.retrieval.selection import check_form
+
+    if options["form"] is not None:
+        check_form(options["form"], parts.get("table"), parts.get("words"))
+    twice = sorted(judged.keys() & held.keys())
+    if twice:
+        raise InvalidInput(
+            f"query {twice[0]!r} is judged in --split and in --dev (and {len(twice)} are): keep them apart"
+        )
+    pairs = sum(grade > 0 for of in (*judged.values(), *held.values()) for grade in of.values())
+    if pairs < _LEAST_PAIRS:
+        raise InvalidInput(
+            f"{data} has {pairs} judged pairs with a grade above 0 in split {options['split']!r}; {_LEAST_PAIRS} are the least "
+            f"to learn from and to choose by: judge more, or let a language model write queries: noisewise retrieval synthesize "
+            f"{data} -o FOLDER, and fit to FOLDER"
+        )
+
+
+def _check_answering(client: Any) -> None:
+    """Refuse an endpoint without its key or that is not there, rather than after minutes of trying again."""
+    transport: Transport | None = getattr(client, "transport", None)
+    if transport is None:
+        return
+    if transport.key is not None and not os.environ.get(transport.key, "").strip():
+        raise InvalidInput(
+            f"the environment variable {transport.key}, which holds the key for {transport.provider}, is not set: set it, name "
+            "another one by --key-env, or give --key-env '' for a server without keys"
+        )
+    httpx = require("httpx", "retrieval")
+    near = urlsplit(transport.base_url).hostname in ("127.0.0.1", "::1", "localhost")
     try:
-        weight: Any = weighting if weighting in ("equal", "lambda") else float(weighting)
-    except ValueError as error:
-        raise InvalidInput(f"--weighting must be equal, lambda or a number, got {weighting!r}") from error
-    return Mafin(box, parts, weight, black_dim=options["black_dim"], seed=seed)
+        # any answer is good; nothing is asked and no key is sent
+        httpx.get(transport.base_url, timeout=_REACHED, trust_env=not near)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise NoisewiseError(
+            f"{transport.base_url} cannot be reached ({error or type(error).__name__}): check --endpoint, and whether it runs"
+        ) from error
+    except httpx.HTTPError:
+        return
+
+
+def _cache_of(folder: Path) -> Path:
+    """Where the fit in `folder` keeps its vectors."""
+    kept = read_json(folder / SUMMARY).get("cache") if (folder / SUMMARY).is_file() else None
+    return Path(kept) if kept is not None and Path(kept).is_file() else folder / _CACHE
 
 
 def _options_of(folder: Path) -> dict[str, Any]:
@@ -390,18 +501,36 @@ def _finished(out: Path) -> bool:
     return (out / SUMMARY).is_file() and (out / REPORT).is_file()
 
 
-def _estimates(box: "CachedBlackBox", corpus: "Corpus", queries: list[str]) -> "dict[str, CostEstimate]":
+def _estimates(box: "CachedBlackBox", corpus: "Corpus", queries: list[tuple[str, str]]) -> "dict[str, CostEstimate]":
+    """Of passages and of queries (id, text). Raises `InvalidInput` that names one that is too long."""
     from noisewise.retrieval.beir import text_of
+    from noisewise.retrieval.vectors import UnusableText
 
-    passages = [text_of(passage) for passage in corpus.values()]
-    return {"passages": box.estimate(passages, "document"), "queries": box.estimate(queries, "query")}
+    found = {}
+    passages = [(name, text_of(passage)) for name, passage in corpus.items()]
+    for kind, texts in (("document", passages), ("query", queries)):
+        try:
+            found[kind] = box.estimate([text for _, text in texts], kind)
+        except UnusableText as error:
+            reason, _, _ = error.reason.partition(":")
+            raise InvalidInput(
+                f"{kind} {texts[error.index][0]!r} {reason}: give --too-long truncate or chunk, or the model's own --max-tokens"
+            ) from error
+    return {"passages": found["document"], "queries": found["query"]}
 
 
 # --- what a command says
 
 
 def _facts(
-    mafin: "Mafin", box: "CachedBlackBox", data: str, options: dict[str, Any], passages: int, queries: int, dev: int
+    mafin: "Mafin",
+    box: "CachedBlackBox",
+    data: str,
+    options: dict[str, Any],
+    passages: int,
+    queries: int,
+    dev: int,
+    resumed: bool,
 ) -> dict[str, Any]:
     return {
         **options,
@@ -410,10 +539,13 @@ def _facts(
         "queries": queries,
         "dev_queries": dev,
         "choice": mafin.choice_,
-        "dimensions": mafin.get_embedding_dimension(),
+        "dim": mafin.get_embedding_dimension(),
+        "black_box_dim": box.dim,
         "report": None if mafin.report_ is None else mafin.report_.to_dict(),
         "training_seconds": sum(fit.cost.seconds for fit in mafin.fits_.values()),
         "cost": vars(box.cost),
+        "resumed": resumed,
+        "cache": None if box.cache.path is None else str(box.cache.path.resolve()),
     }
 
 
@@ -426,10 +558,19 @@ def _show_fit(facts: dict[str, Any], out: Path, as_json: bool) -> None:
         from noisewise.retrieval.guard import GuardReport
 
         console.print(escape(str(GuardReport.from_dict(facts["report"]))), soft_wrap=True, highlight=False)
-    console.print(f"choice: {escape(facts['choice'])}, {facts['dimensions']} numbers a vector", highlight=False)
-    console.print(f"cost:   {facts['cost']['calls']:,} calls, {facts['cost']['tokens']:,} tokens", highlight=False)
+    console.print(f"choice: {escape(facts['choice'])}", highlight=False)
+    _show_bill(console, facts)
     console.print(f"model:  {escape(str(out / _MODEL))}", soft_wrap=True, highlight=False)
     console.print(f"report: {(out / REPORT).resolve().as_uri()}", soft_wrap=True, highlight=False)
+
+
+def _show_bill(console: Console, facts: dict[str, Any]) -> None:
+    from noisewise.retrieval.vectors import FetchCost
+
+    alone = "" if facts["dim"] == facts["black_box_dim"] else f", the black box alone has {facts['black_box_dim']:,}"
+    console.print(f"stored: {facts['dim']:,} numbers a vector{alone}", highlight=False)
+    since = ", since it was resumed" if facts.get("resumed") else ""
+    console.print(f"cost:   {FetchCost(**facts['cost'])}{since}", highlight=False)
 
 
 def _scores(
@@ -441,26 +582,25 @@ def _scores(
 
     names, asked = list(corpus), list(judged)
     texts, questions = [text_of(corpus[name]) for name in names], [queries[name] for name in asked]
+    whole = box.vectors(questions, "query", progress=True), box.vectors(texts, "document", progress=True)
+    ours = mafin.encode_query(questions), mafin.encode_document(texts)
+    cut = mafin.choice_ == "black box" and mafin.rotation_ is not None
+    name = f"black box, cut to {ours[0].shape[1]} numbers" if cut else mafin.choice_
     found: dict[str, Evaluation] = {
-        mafin.choice_: evaluate(
-            judged, exact_run(asked, mafin.encode_query(questions), names, mafin.encode_document(texts))
-        ),
-        "black box": evaluate(
-            judged, exact_run(asked, box.vectors(questions, "query"), names, box.vectors(texts, "document"))
-        ),
+        one: evaluate(judged, exact_run(asked, q, names, d)) for one, (q, d) in ((name, ours), ("black box", whole))
     }
-    facts: dict[str, Any] = {
+    pairs = {measure: (found[name].per_query[measure], of) for measure, of in found["black box"].per_query.items()}
+    gains = {measure: paired_bootstrap(*pair) for measure, pair in pairs.items()}
+    return {
         "queries": len(asked),
         "passages": len(names),
         "choice": mafin.choice_,
+        "dim": mafin.get_embedding_dimension(),
+        "black_box_dim": box.dim,
         "cost": vars(box.cost),
+        "scores": {one: {measure: value.to_dict() for measure, value in of.mean.items()} for one, of in found.items()},
+        "gain": {measure: [gain.mean, gain.low, gain.high] for measure, gain in gains.items()},
     }
-    for name, one in found.items():
-        facts.setdefault("scores", {})[name] = {measure: value.to_dict() for measure, value in one.mean.items()}
-    ours, theirs = found[mafin.choice_].per_query, found["black box"].per_query
-    gains = {measure: paired_bootstrap(ours[measure], theirs[measure]) for measure in ours}
-    facts["gain"] = {measure: [gain.mean, gain.low, gain.high] for measure, gain in gains.items()}
-    return facts
 
 
 def _show_scores(facts: dict[str, Any]) -> None:
@@ -474,7 +614,27 @@ def _show_scores(facts: dict[str, Any]) -> None:
     for measure, (mean, low, high) in facts["gain"].items():
         cells = [str(Measurement.from_dict(facts["scores"][name][measure])) for name in names]
         table.add_row(measure, *cells, *([f"{mean:+.3f} [{low:.3f}, {high:.3f}]"] * (len(names) > 1)))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if facts["fitted_to"]:
+        console.print("These queries were learned from or chosen by: others say how good it is.", highlight=False)
+    _show_bill(console, facts)
+
+
+def _announce(estimates: "Iterable[CostEstimate]") -> None:
+    """What is about to be asked for, on one line, where it costs money or minutes."""
+    one, *others = estimates
+    for other in others:
+        one = replace(
+            one, texts=one.texts + other.texts, missing=one.missing + other.missing, tokens=one.tokens + other.tokens,
+            money=_sum(one.money, other.money), minutes=_sum(one.minutes, other.minutes),
+        )  # fmt: skip
+    if one.missing and (one.money is not None or one.minutes is not None):
+        typer.echo(f"noisewise: this will cost: {one}", err=True)
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
 
 
 def _show_estimate(estimates: "dict[str, CostEstimate]", as_json: bool) -> None:
