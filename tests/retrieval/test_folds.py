@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from noisewise.errors import InvalidInput
-from noisewise.retrieval.pairs import Pairs, folds_by_passage
+from noisewise.retrieval.pairs import Pairs, folds_by_passage, split_by_passage
 
 
 def pairs_of(edges):
@@ -42,3 +42,26 @@ def test_too_few_queries_are_refused():
         folds_by_passage(pairs_of({(index, index) for index in range(4)}), 5)
     with pytest.raises(InvalidInput, match="leaves 0"):
         folds_by_passage(pairs_of({(index, 0) for index in range(6)}), 5)
+
+
+def test_of_few_passages_there_are_as_many_folds():
+    parts = folds_by_passage(pairs_of({(index, index % 4) for index in range(40)}), 5)
+    assert sorted(int(held.document.unique()) for _, held in parts) == [0, 1, 2, 3]
+
+
+def test_a_text_under_several_ids_is_one_passage():
+    # each text twice: pair i asks for document 2 i or its copy 2 i + 1
+    pairs = pairs_of({(index, index) for index in range(80)})
+    copies = torch.arange(80) // 2 * 2
+    parts = [*folds_by_passage(pairs, 5, copies=copies), split_by_passage(pairs, 0.2, copies=copies)]
+    for training, held in parts:
+        assert not set(copies[training.document].tolist()) & set(copies[held.document].tolist())
+        assert len(held) == pytest.approx(16, abs=2)
+    apart = [set(copies[t.document].tolist()) & set(copies[h.document].tolist()) for t, h in folds_by_passage(pairs, 5)]
+    assert any(apart)
+
+
+def test_grades_are_looked_up_by_query_and_document():
+    pairs = Pairs(torch.tensor([0, 0, 3]), torch.tensor([5, 2, 7]), torch.tensor([1.0, 2.0, 3.0]))
+    found = pairs.grades(torch.tensor([3, 0, 9]), torch.tensor([2, 7, 5, 11]))
+    assert found.tolist() == [[0, 3, 0, 0], [2, 0, 1, 0], [0, 0, 0, 0]]

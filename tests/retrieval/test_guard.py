@@ -54,7 +54,10 @@ def test_few_queries_share_out_the_level():
     few = choose(candidates(0.1, n=12))
     assert few.corrected
     assert "shared out" in few.rule
-    assert not choose(candidates(0.1, n=12), labelled=20).corrected
+    # however many were labelled, few were judged on
+    assert choose(candidates(0.1, n=12), labelled=200).corrected
+    assert choose(candidates(0.1, n=40), labelled=12).corrected
+    assert not choose(candidates(0.1, n=40), labelled=200).corrected
     false = sum(choose(candidates(*[0.0] * 6, n=12, seed=seed)).choice != "c0" for seed in range(400))
     # a familywise 5 %
     assert false <= 20 + 4 * (400 * 0.05 * 0.95) ** 0.5

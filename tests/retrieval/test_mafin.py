@@ -113,8 +113,35 @@ def test_queries_of_your_own_to_choose_on(report_of_lyft):
     train, dev = dict(items[:-60]), dict(items[-60:])
     model = Mafin(trigrams, LexicalBlock(dim=64)).fit(corpus, queries, train, dev)
     assert model.report_.queries == 60
+    # without dev queries, and nothing to train, all are judged on
+    assert Mafin(trigrams, LexicalBlock(dim=64)).fit(corpus, queries, train).report_.queries == len(train)
     with pytest.raises(InvalidInput, match=re.escape(f"query {min(train)!r} is in qrels and in dev")):
         Mafin(trigrams, LexicalBlock(dim=64)).fit(corpus, queries, train, train)
+
+
+def test_what_dev_asks_for_is_not_trained_on(report_of_lyft):
+    corpus, queries, judged = report_of_lyft
+    items = list(judged.items())
+    # of two questions to a passage one is learned from and one is judged on
+    train, dev = dict(items[::2]), dict(items[1::2])
+    assert {document for of in train.values() for document in of} & {document for of in dev.values() for document in of}
+    with pytest.raises(InvalidInput, match="dev leaves no pair to train on"):
+        Mafin(trigrams, WordPieceTable(dim=16)).fit(corpus, queries, train, dev, distil=1)
+    half = dict(items[1:150:2])
+    model = Mafin(trigrams, WordPieceTable(dim=16)).fit(corpus, queries, train, half, epochs=1, distil=1, form="Mafin")
+    kept = {document for of in train.values() for document in of} - {
+        document for of in half.values() for document in of
+    }
+    # an epoch of what is left, less the part that it stops on
+    steps = -(-round(0.85 * len(kept)) // 32)
+    assert model.fits_["Mafin"].steps == pytest.approx(steps, abs=1)
+
+
+def test_a_black_box_that_is_cut_is_shown_whole_too(report_of_lyft):
+    model = Mafin(trigrams, LexicalBlock(dim=64), black_dim=8).fit(*report_of_lyft)
+    rows = {row.name: row for row in model.report_.rows}
+    assert rows["black box, all 48 numbers"].reference
+    assert rows["black box, all 48 numbers"].score.value > rows["black box"].score.value
 
 
 def test_a_saved_model_gives_the_same_vectors_bit_for_bit(fitted, report_of_lyft, tmp_path):

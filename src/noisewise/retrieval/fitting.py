@@ -44,7 +44,8 @@ class RankingData:
     """Texts, the black box's vectors of them, and which passages are relevant to which queries.
 
     Vectors are float tensors [text, dim]; they are normalised where they are used. `features`: by kind, of the augment that is
-    to be trained, where they are known already, as where several are trained on the same texts.
+    to be trained, where they are known already, as where several are trained on the same texts. `known`: further pairs, which
+    are not learned from, but whose passages are no negatives of their queries.
     """
 
     queries: Sequence[str]
@@ -53,6 +54,7 @@ class RankingData:
     document_vectors: Float[Tensor, "document dim"]
     pairs: Pairs
     features: Mapping[str, Any] | None = None
+    known: Pairs | None = None
 
     def __post_init__(self) -> None:
         for name in ("query", "document"):
@@ -126,15 +128,18 @@ def fit_joint(
     Source: Zhang et al. 2024 (arXiv 2402.12177).
     """
     seed = check_count("seed", seed, 0)
-    training, held = split_by_passage(data.pairs, dev, seed) if not isinstance(dev, Pairs) else (data.pairs, dev)
-    _check_apart(training, held)
+    copies = first_copies(data.documents)
+    split = (data.pairs, dev) if isinstance(dev, Pairs) else split_by_passage(data.pairs, dev, seed, copies)
+    training, held = split
+    _check_apart(training, held, copies)
     replace(data, pairs=held)  # checks its indices
     for vectors in (data.query_vectors, data.document_vectors):
         joint.black_weights(vectors)
     limit = math.inf if max_seconds is None else check_positive("max_seconds", max_seconds)
+    known = _joined(_joined(data.pairs, held), data.known or held)
     rows = PairRows(
-        _joined(training, held), _joined(data.pairs, held), first_copies(data.documents),
-        _mined(data, training, check_count("hard_negatives", hard_negatives, 0), seed),
+        _joined(training, held), known, copies,
+        _mined(data, training, known, check_count("hard_negatives", hard_negatives, 0), seed),
     )  # fmt: skip
     steps = max(
         1, round(check_positive("epochs", epochs) * math.ceil(len(training) / check_count("batch_size", batch_size)))
@@ -249,10 +254,10 @@ def _joined(first: Pairs, second: Pairs) -> Pairs:
     return Pairs(*(torch.cat(part) for part in parts))
 
 
-def _check_apart(training: Pairs, dev: Pairs) -> None:
+def _check_apart(training: Pairs, dev: Pairs, copies: Tensor) -> None:
     if not len(training) or not len(dev):
         raise InvalidInput(f"{len(training)} pairs to train on and {len(dev)} dev pairs: both must be some")
-    shared = torch.isin(dev.document, training.document)
+    shared = torch.isin(copies[dev.document], copies[training.document])
     if bool(shared.any()):
         raise InvalidInput(
             f"{int(shared.sum())} dev pairs have a passage that is trained on, the first of them document "
@@ -260,11 +265,12 @@ def _check_apart(training: Pairs, dev: Pairs) -> None:
         )
 
 
-def _mined(data: RankingData, training: Pairs, k: int, seed: int) -> Tensor | None:
+def _mined(data: RankingData, training: Pairs, known: Pairs, k: int, seed: int) -> Tensor | None:
     if not k:
         return None
     q, d = (nn.functional.normalize(data.vectors(kind), dim=1) for kind in ("query", "document"))
-    return hard_negatives(q, d, training, k, seed)
+    asked = torch.isin(known.query, training.query).nonzero().flatten()
+    return hard_negatives(q, d, known[asked], k, seed)
 
 
 def _look_documents(dev: Pairs, documents: int, seed: int) -> Tensor:

@@ -139,8 +139,8 @@ class GuardReport:
 def choose(candidates: Sequence[Candidate], labelled: int | None = None, notes: Sequence[str] = ()) -> GuardReport:
     """Judge `candidates`, the black box first and then from simple to complex, all on the same queries.
 
-    A candidate passes where mean - z se of its paired gain is above 0: z = 1.645, or, with fewer than 20 `labelled` queries
-    (by default those there are values for), Student's quantile at 5 % over the number of candidates. Of those that pass, the
+    A candidate passes where mean - z se of its paired gain is above 0: z = 1.645, or, with values for fewer than 20
+    queries, or fewer `labelled` ones, Student's quantile at 5 % over the number of candidates. Of those that pass, the
     first is chosen whose mean is within one standard error, of the paired difference, of the highest; else the black box.
     Raises `InvalidInput` for values that do not belong to the same queries, and fewer than 2 queries.
     """
@@ -149,7 +149,7 @@ def choose(candidates: Sequence[Candidate], labelled: int | None = None, notes: 
     if n < 2 or any(of.shape != (n,) or not np.isfinite(of).all() for of in values):
         raise InvalidInput(f"the guard needs values of the same 2 queries or more, got {[of.shape for of in values]}")
     real = [index for index, candidate in enumerate(candidates) if index and not candidate.reference]
-    corrected = (n if labelled is None else labelled) < _FEW
+    corrected = min(n, n if labelled is None else labelled) < _FEW
     quantile = _quantile(n, max(1, len(real))) if corrected else _NORMAL
     gains = [of - values[0] for of in values]
     lower = [_lower(gain, quantile) for gain in gains]

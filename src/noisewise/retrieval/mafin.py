@@ -133,10 +133,9 @@ class Mafin:
         vectors = torch.from_numpy(box.vectors(texts, "document", progress))
         self.rotation_ = _rotation(vectors, self.black_dim)
         asked_texts = [asked[name] for name in names]
-        data = RankingData(
-            asked_texts, texts, self._reduced(torch.from_numpy(box.vectors(asked_texts, "query", progress))),
-            self._reduced(vectors), pairs,
-        )  # fmt: skip
+        asked_vectors = torch.from_numpy(box.vectors(asked_texts, "query", progress))
+        data = RankingData(asked_texts, texts, self._reduced(asked_vectors), self._reduced(vectors), pairs)
+        whole = None if self.rotation_ is None else (asked_vectors, vectors)
         kept = data.document_vectors.shape[1]
         if self.max_dim is not None and kept + added > check_count("max_dim", self.max_dim):
             raise InvalidInput(
@@ -151,7 +150,9 @@ class Mafin:
             started(table, unlabelled, language, distil, seed, progress)
         folder = None if resume is None else Path(resume)
         apart = Pairs.of(held, names, documents) if held else None
-        selector = Selector(data, apart, table, lexical, self.weighting, options, seed, folder, progress, self.max_dim)
+        selector = Selector(
+            data, apart, table, lexical, self.weighting, options, seed, folder, progress, self.max_dim, whole
+        )
         chosen = selector.select() if form is None else selector.build(form)
         self.form_, self.report_, self.fits_ = chosen.form, chosen.report, chosen.fits
         self.choice_ = self.form_.name

@@ -1,6 +1,5 @@
 """Judged pairs of queries and passages: batches of distinct candidates, splits that share no passage, hard negatives, nDCG."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,19 +88,13 @@ class Pairs:
     def grades(
         self, queries: Int[Tensor, " query"], documents: Int[Tensor, " document"]
     ) -> Float[Tensor, "query document"]:  # fmt: skip
-        """Of each query with each document, 0 where no pair is."""
-        if not len(self):
-            return torch.zeros(len(queries), len(documents))
-        keys, order = self._sorted
-        asked = (queries.unsqueeze(1) * _WIDTH + documents).contiguous()
-        at = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
-        return torch.where(keys[at] == asked, self.grade[order[at]], 0.0)
-
-    @functools.cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        """One number for each pair, in order, so that bisection finds it and no table of all queries and documents is made."""
-        keys, order = (self.query * _WIDTH + self.document).sort()
-        return keys, order
+        """Of each of the distinct queries with each of the distinct documents, 0 where no pair is."""
+        found = torch.zeros(len(queries), len(documents))
+        if len(self):
+            row, column = _places(queries, self.query), _places(documents, self.document)
+            known = (row >= 0) & (column >= 0)
+            found[row[known], column[known]] = self.grade[known]
+        return found
 
 
 @dataclass(frozen=True)
@@ -149,18 +142,21 @@ def first_copies(documents: Sequence[str]) -> Int[Tensor, " document"]:
     return torch.tensor([seen.setdefault(text, index) for index, text in enumerate(documents)], dtype=torch.int64)
 
 
-def split_by_passage(pairs: Pairs, share: float | int = 0.15, seed: int = 0) -> tuple[Pairs, Pairs]:
+def split_by_passage(
+    pairs: Pairs, share: float | int = 0.15, seed: int = 0, copies: Int[Tensor, " document"] | None = None
+) -> tuple[Pairs, Pairs]:
     """Pairs to train on, and about `share` of all as dev pairs; no passage and no query is in both.
 
-    Queries that share passages, directly or through others, are drawn together. Where that would tie too many together, as in
-    densely judged sets, queries are drawn, and other queries' pairs with their passages are left out of both.
+    `copies`: of `first_copies`, where a text may be there under several ids, which are one passage then. Queries that share
+    passages, directly or through others, are drawn together. Where that would tie too many together, as in densely judged
+    sets, queries are drawn, and other queries' pairs with their passages are left out of both.
 
     Raises `InvalidInput` where one side would be empty.
     """
     wanted = check_share("share", share, 1) * len(pairs)
     draw = np.random.default_rng(check_count("seed", seed, 0))
-    query, document = pairs.query.numpy(), pairs.document.numpy()
-    together = _tied(query, document)
+    query, document = _ends(pairs, copies)
+    together = _tied(query, document) if len(pairs) else document
     held = _drawn(together, wanted, draw)
     if held.sum() < wanted / 2:
         held = _drawn(query, wanted, draw)
@@ -174,17 +170,23 @@ def split_by_passage(pairs: Pairs, share: float | int = 0.15, seed: int = 0) -> 
     return training, dev
 
 
-def folds_by_passage(pairs: Pairs, number: int, seed: int = 0) -> list[tuple[Pairs, Pairs]]:
+def folds_by_passage(
+    pairs: Pairs, number: int, seed: int = 0, copies: Int[Tensor, " document"] | None = None
+) -> list[tuple[Pairs, Pairs]]:
     """(pairs to train on, held-out pairs) `number` times; each query is held out once, no passage and no query is in both.
 
     Queries that share passages are drawn together, as by `split_by_passage`, and where that would tie too many together its
-    way out is taken. Raises `InvalidInput` for fewer queries than folds, and where a fold leaves nothing to train on.
+    way out is taken; of fewer passages than `number` there are fewer folds. `copies`: as there. Raises `InvalidInput` for
+    fewer queries than folds, and where a fold leaves nothing to train on.
     """
     check_count("number", number, 2)
-    query, document = pairs.query.numpy(), pairs.document.numpy()
+    query, document = _ends(pairs, copies)
     if len(np.unique(query)) < number:
         raise InvalidInput(f"{len(np.unique(query))} labelled queries cannot be parted into {number} folds: label more")
     group = _tied(query, document)
+    groups = len(np.unique(group))
+    if 1 < groups < number:
+        number = groups
     if np.bincount(group).max() > 2 * len(pairs) / number:
         group = query
     names, at, sizes = np.unique(group, return_inverse=True, return_counts=True)
@@ -247,6 +249,20 @@ def ndcg(
     gain = grades.double().gather(1, scores.topk(cut).indices) @ discount
     ideal = grades.double().topk(cut).values @ discount
     return torch.where(ideal > 0, gain / ideal.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+
+
+def _places(of: Tensor, values: Tensor) -> Tensor:
+    """Where each value stands in `of`, whose entries are distinct; -1 where it does not."""
+    if not len(of):
+        return torch.full_like(values, -1)
+    place = torch.full((1 + max(int(of.max()), int(values.max())),), -1)
+    place[of] = torch.arange(len(of))
+    return place[values]
+
+
+def _ends(pairs: Pairs, copies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and passages of pairs as arrays, each passage by its first copy."""
+    return pairs.query.numpy(), (pairs.document if copies is None else copies[pairs.document]).numpy()
 
 
 def _tied(query: np.ndarray, document: np.ndarray) -> np.ndarray:

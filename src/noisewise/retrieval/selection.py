@@ -17,7 +17,7 @@ from noisewise.retrieval.forms import Form
 from noisewise.retrieval.guard import Candidate, GuardReport, choose
 from noisewise.retrieval.joint import KINDS, JointEncoder
 from noisewise.retrieval.lexical import LexicalBlock
-from noisewise.retrieval.pairs import Pairs, folds_by_passage, ndcg, split_by_passage
+from noisewise.retrieval.pairs import Pairs, first_copies, folds_by_passage, ndcg, split_by_passage
 
 __all__ = [
     "ALONE",
@@ -77,7 +77,8 @@ class Selector:
     """Everything that candidates are made from. `data.pairs`: all that is judged, `dev` among it, on which is chosen then.
 
     `augment`: prepared and at its start, or None; `lexical`: fitted, or None. `weighting`: of Mafin. `options`: of `fit_joint`.
-    `resume`: a folder with one for each fit. `max_dim`: of a vector that may be chosen.
+    `resume`: a folder with one for each fit. `max_dim`: of a vector that may be chosen. `whole`: vectors of queries and
+    documents by the black box where those in `data` are cut, for comparison.
     """
 
     data: RankingData
@@ -90,11 +91,13 @@ class Selector:
     resume: Path | None = None
     progress: bool = False
     max_dim: int | None = None
+    whole: tuple[Tensor, Tensor] | None = None
     fits: dict[str, RetrievalFit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.black_dim = self.data.document_vectors.shape[1]
         self.labelled = self.data.pairs.query.unique()
+        self.copies = first_copies(self.data.documents)
         # copies of the augment read texts alike, so that they are read once for all of them
         self.features: dict[str, Any] = {}
         if self.augment is not None:
@@ -116,16 +119,19 @@ class Selector:
             fold = torch.from_numpy(order % min(_FOLDS, len(held)))
         trained = self._trained(parts) if self.augment is not None else {}
         candidates, weights = self._judge(held, fold, trained)
-        crossed = f"{_FOLDS}-fold cross-fitting, so that every labelled query counts" if len(parts) > 1 else ""
-        report = choose(candidates, len(self.labelled), notes=(f"By {crossed}.",) if crossed else ())
+        crossed = f"By {len(parts)}-fold cross-fitting, so that every labelled query counts."
+        report = choose(candidates, len(self.labelled), notes=(crossed,) if len(parts) > 1 else ())
         pairs = parts[0][0] if len(parts) == 1 else self.data.pairs
         return Selection(self._built(report.choice, weights, pairs), report, self.fits)
 
     def build(self, name: str) -> Selection:
-        """One candidate by its name, unjudged. Its weight is chosen on held-out queries."""
-        pairs, held = self._split(self.data.pairs) if self.dev is None else self._parts()[0]
-        held, trained, weights = self._some(held), _TRAINED.get(name), {}
-        small = None if trained is None else self._scores(self._fit(trained, self._weightings()[trained], pairs), held)
+        """One candidate by its name, unjudged. A weight is chosen on queries that nothing was trained on."""
+        pairs, held = self._parts()[0] if self.dev is not None else (self.data.pairs, self.labelled)
+        if name in (FUSION, MAFIN_WORDS) and self.dev is None:
+            pairs, held = self._split(pairs)
+        held, trained, weights = self._some(self.labelled if name == WORDS else held), _TRAINED.get(name), {}
+        joint = None if trained is None else self._fit(trained, self._weightings()[trained], pairs)
+        small = None if joint is None or name in (MAFIN, LAMBDA) else self._scores(joint, held)
         black, words = self._by_black(held), self._by_words(held)
         beside = {WORDS: (black, words), FUSION: (black, small), MAFIN_WORDS: (small, words)}
         if name in beside:
@@ -140,13 +146,25 @@ class Selector:
         pairs = self.data.pairs
         if self.dev is not None:
             held = torch.isin(pairs.query, self.dev.query)
-            return [(pairs[(~held).nonzero().flatten()], self.dev.query.unique())]
+            shared = torch.isin(self.copies[pairs.document], self.copies[self.dev.document])
+            training = (~held & ~shared).nonzero().flatten()
+            if self.augment is not None and not len(training):
+                raise InvalidInput(
+                    "dev leaves no pair to train on: of the others, each has a passage that dev has, too"
+                )
+            return [(pairs[training], self.dev.query.unique())]
+        if self.augment is None:
+            # nothing is trained, so every query may be judged on
+            return [(pairs, self.labelled)]
         if _SHARE * len(self.labelled) >= _ENOUGH:
             return [self._split(pairs)]
-        return [(training, held.query.unique()) for training, held in folds_by_passage(pairs, _FOLDS, self.seed)]
+        return [
+            (training, held.query.unique())
+            for training, held in folds_by_passage(pairs, _FOLDS, self.seed, self.copies)
+        ]
 
     def _split(self, pairs: Pairs) -> tuple[Pairs, Int[Tensor, " query"]]:
-        training, held = split_by_passage(pairs, _SHARE, self.seed)
+        training, held = split_by_passage(pairs, _SHARE, self.seed, self.copies)
         return training, held.query.unique()
 
     def _judge(
@@ -178,6 +196,9 @@ class Selector:
             if by_words is not None:
                 weighed(MAFIN_WORDS, trained[MAFIN], by_words, small + words)
         found = [self._fitting(candidate) for candidate in found]
+        if self.whole is not None:
+            full = ndcg(self.whole[0][held] @ self.whole[1].T, grades).numpy()
+            found.append(Candidate(f"{BLACK}, all {self.whole[1].shape[1]} numbers", full, reference=True))
         if by_words is not None:
             alone = ndcg(by_words, grades).numpy()
             found.append(Candidate(BM25_ALONE, alone, note="not beside the black box", reference=True))
@@ -227,7 +248,7 @@ class Selector:
         if name in self.fits:
             return self.fits[name].net  # type: ignore[return-value]
         joint = JointEncoder(copy.deepcopy(self.augment), self.black_dim, weighting)
-        data = replace(self.data, pairs=pairs, features=self.features)
+        data = replace(self.data, pairs=pairs, features=self.features, known=self.data.pairs)
         folder = None if self.resume is None else self.resume / name.replace(" ", "-")
         self.fits[name] = fit_joint(joint, data, seed=self.seed, resume=folder, progress=self.progress, **self.options)
         return joint

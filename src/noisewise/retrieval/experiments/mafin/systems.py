@@ -177,7 +177,6 @@ def columns(found: Searched) -> dict[str, Measurement]:
         "R@10": found.found.mean["R@10"],
         "hit@5": found.found.mean["Success@5"],
         "numbers stored": Measurement(found.numbers, better="neither"),
-        "seconds": Measurement(found.cost.seconds),
     }
 
 
@@ -227,7 +226,8 @@ def _by_adapter(name: str, bench: Bench, budget: float, seed: int, lr: float | N
     }
     dim = data.document_vectors.shape[1]
     joint = JointEncoder(Adapter(vectors, dim, ADAPTERS[name], seed), dim, ALONE)
-    training = data.pairs[(~torch.isin(data.pairs.query, given.dev.query)).nonzero().flatten()]
+    held = torch.isin(data.pairs.query, given.dev.query) | torch.isin(data.pairs.document, given.dev.document)
+    training = data.pairs[(~held).nonzero().flatten()]
     own = RankingData(data.queries, data.documents, data.query_vectors, data.document_vectors, training)
     fit_joint(joint, own, dev=given.dev, epochs=budget, seed=seed, lr=_ADAPTER_RATES[0]["lr"] if lr is None else lr)
     return (*_scored(Form(name, dim, joint), given)[:1], dim, "")
@@ -244,7 +244,8 @@ def _by_nudge(name: str, bench: Bench, budget: float, seed: int, lr: float | Non
     parts = [_of_nudge(data, data.pairs[part.nonzero().flatten()]) for part in (~held, held)]
     with contextlib.redirect_stdout(io.StringIO()):
         nudge = require("nudge", "bench").NUDGEN(torch.device("cpu"))
-        moved = nudge.finetune_embeddings(data.document_vectors.numpy(), *parts)
+        # validated by its ten best, as everything here is
+        moved = nudge.finetune_embeddings(data.document_vectors.numpy(), *parts, val_k=10)
     return given.test_vectors @ torch.as_tensor(np.asarray(moved)).float().T, dim, ""
 
 
