@@ -82,7 +82,7 @@ def problems(scale: str) -> tuple[Problem, ...]:
         _problem("W", f"{name}, whole", name, (BLACK, LEXICAL, HYBRID, WORDS, MAFIN, CHOICE), scale,
                  (f"whole: the black box reads {_WHOLE} word pieces, so nearly every passage to its end.",) * (name == "tenk"),
                  pieces=_WHOLE)
-        for name in ("tenk", "covidqa", "scifact-mini")
+        for name in ("tenk", "scifact-mini")
     ]  # fmt: skip
     return tuple(problem for name, problem in found if present(name))
 
