@@ -1,7 +1,9 @@
 """`Mafin` from judged queries to a saved model: what it chooses, what its vectors rank by, and what it refuses."""
 
 import json
+import os
 import re
+import signal
 import zlib
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +17,7 @@ from noisewise.retrieval import LexicalBlock, Mafin, WordPieceTable, load_beir
 from noisewise.retrieval.beir import text_of
 from noisewise.retrieval.blackbox import CachedBlackBox, as_black_box
 from noisewise.retrieval.evaluation import evaluate, exact_run
+from noisewise.training import Fit
 
 CALLED: list[int] = []
 
@@ -262,6 +265,27 @@ def test_passages_may_be_texts_and_judgements_pairs(report_of_lyft):
         for passages, of in ((corpus, judged), (texts, pairs))
     ]
     assert given[0].report_ == given[1].report_
+
+
+def test_half_a_training_is_not_judged_and_goes_on(report_of_lyft, tmp_path, monkeypatch):
+    table, options = WordPieceTable(dim=16), {"form": "Mafin", "distil": 0, "epochs": 3}
+    whole = Mafin(trigrams, table).fit(*report_of_lyft, **options)
+    advance, calls = Fit._advance, []
+
+    def struck(self):
+        calls.append(0)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Fit, "_advance", struck)
+        stopped = Mafin(trigrams, WordPieceTable(dim=16))
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(*report_of_lyft, **options, resume=tmp_path / "run")
+        assert not hasattr(stopped, "form_")
+    again = Mafin(trigrams, WordPieceTable(dim=16)).fit(*report_of_lyft, **options, resume=tmp_path / "run")
+    np.testing.assert_array_equal(again.encode_query(["a question"]), whole.encode_query(["a question"]))
 
 
 def test_bad_input_is_refused_before_the_black_box_is_asked(report_of_lyft, shapes_unchecked):

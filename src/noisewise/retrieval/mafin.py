@@ -350,7 +350,9 @@ def started(
     """Give a trainable part the vocabulary of `texts`, and a start that ranks them as BM25 does, after `steps` of training."""
     table.prepare(texts)
     if check_count("distil", steps, 0):
-        distil_bm25(table, BM25.of(texts, language=language), texts, steps=steps, seed=seed, progress=progress)
+        fit = distil_bm25(table, BM25.of(texts, language=language), texts, steps=steps, seed=seed, progress=progress)
+        if fit.interrupted:
+            raise KeyboardInterrupt
     table.eval()
 
 

@@ -250,7 +250,11 @@ class Selector:
         joint = JointEncoder(copy.deepcopy(self.augment), self.black_dim, weighting)
         data = replace(self.data, pairs=pairs, features=self.features, known=self.data.pairs)
         folder = None if self.resume is None else self.resume / name.replace(" ", "-")
-        self.fits[name] = fit_joint(joint, data, seed=self.seed, resume=folder, progress=self.progress, **self.options)
+        fit = fit_joint(joint, data, seed=self.seed, resume=folder, progress=self.progress, **self.options)
+        if fit.interrupted:
+            # half a training must not be judged; with a folder, the same call goes on
+            raise KeyboardInterrupt
+        self.fits[name] = fit
         return joint
 
     # ---- measured
