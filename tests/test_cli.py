@@ -82,7 +82,7 @@ def test_methods_lists_ten_and_knows_which_are_ready():
     rows = json.loads(run("methods", "--json"))
     assert [row["key"] for row in rows] == KEYS
     ready = [row["key"] for row in rows if row["state"] == "ready"]
-    assert ready == ["digs", "mmgibbs", "dikl", "mfd", "ocm", "mrconv"]
+    assert ready == ["digs", "mmgibbs", "dikl", "mfd", "ocm", "mrconv", "mafin"]
     assert "2402.03008" in rows[0]["paper"]
     text = run("methods")
     assert "digs" in text
@@ -125,8 +125,8 @@ def test_requirements_follow_extras_of_extras():
 
 def test_unknown_and_planned_methods_are_refused_by_name(capsys):
     assert "no method 'gibs'; ready: digs" in refuse(capsys, "compare", "gibs")
-    assert "Mafin" in refuse(capsys, "compare", "mafin")
-    assert "planned" in refuse(capsys, "compare", "MAFIN")
+    assert "APL" in refuse(capsys, "compare", "apl")
+    assert "planned" in refuse(capsys, "compare", "APL")
     assert "--seeds must be at least 1, got 0" in refuse(capsys, "compare", "digs", "--seeds", 0)
 
 
