@@ -191,6 +191,14 @@ def test_a_dry_run_asks_nothing_and_leaves_nothing(data, server, tmp_path, capsy
     assert (estimated["passages"]["tokens"], estimated["queries"]["missing"]) == (found["passages"]["tokens"], 60)
     run("estimate-cost", data, *at(server))
     assert "passages: 60 of 60 texts to fetch, about" in capsys.readouterr().out
+    # passages that nobody asked about yet
+    bare = tmp_path / "data" / "bare"
+    bare.mkdir()
+    shutil.copy(data / "corpus.jsonl", bare)
+    run("estimate-cost", bare, *at(server))
+    shown = capsys.readouterr().out
+    assert "passages: 60 of 60" in shown
+    assert "queries: 0 of 0" in shown
     run("synthesize", data, "-o", tmp_path / "more", *at(server), "--dry-run", "--price", 1)
     assert "answers: 60 of 60 texts to fetch" in capsys.readouterr().out
     assert not server.requests

@@ -270,7 +270,7 @@ def estimate_command(
     }  # fmt: skip
     if cache is not None and not cache.is_file():
         raise InvalidInput(f"--cache {cache} is no file: leave it out where nothing was embedded yet")
-    corpus, queries, _ = _load(data)
+    corpus, queries = _texts(data)
     box = _cached(_client(options, price, rpm, tpm), cache)
     _show_estimate(_estimates(box, corpus, list(queries.items())), as_json)
 
@@ -347,6 +347,17 @@ def _load(source: str) -> "tuple[Corpus, Queries, dict[str, Qrels]]":
     corpus, queries, qrels = load_beir(source)
     kept, asked, _ = drop_empty(corpus, queries, {})
     return kept, asked, {split: drop_empty(corpus, queries, judged)[2] for split, judged in qrels.items()}
+
+
+def _texts(source: str) -> "tuple[Corpus, Queries]":
+    """Passages and queries, if there are any yet, of a set that need not be judged."""
+    from noisewise.retrieval.beir import drop_empty, read_corpus, read_queries
+
+    folder = Path(source)
+    if not folder.is_dir():
+        return _load(source)[:2]
+    asked = read_queries(folder) if any(folder.glob("queries.jsonl*")) else {}
+    return drop_empty(read_corpus(folder), asked, {})[:2]
 
 
 def _passages(source: str) -> "Corpus":
