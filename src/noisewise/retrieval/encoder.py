@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError, require
-from noisewise.retrieval.joint import check_kind
 from noisewise.retrieval.table import trained_tokenizer
+from noisewise.retrieval.vectors import check_kind
 from noisewise.typing import check_count
 
 __all__ = ["SentenceEncoder", "Texts", "small_transformer"]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from noisewise.errors import InvalidInput
 from noisewise.metrics.measurement import Measurement
-from noisewise.retrieval.joint import KINDS, JointEncoder
+from noisewise.retrieval.joint import JointEncoder
 from noisewise.retrieval.loss import LogitScale, ranking_loss
 from noisewise.retrieval.pairs import (
     Candidates,
@@ -25,6 +25,7 @@ from noisewise.retrieval.pairs import (
     ndcg,
     split_by_passage,
 )
+from noisewise.retrieval.vectors import KINDS
 from noisewise.training import Fit, FitResult, Plan, check_share, evaluating, fingerprint, run_fit, seeded_dropout
 from noisewise.typing import check_count, check_positive
 

@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from noisewise.errors import InvalidInput, RunFolderError
 from noisewise.pretrained import read_pretrained, write_pretrained
+from noisewise.retrieval.vectors import check_kind
 from noisewise.training import evaluating
 from noisewise.typing import check_count, check_positive
 
-__all__ = ["KINDS", "Augment", "Features", "JointEncoder", "check_kind"]
+__all__ = ["Augment", "Features", "JointEncoder"]
 
-KINDS = ("query", "document")
 _NAME = "JointEncoder"
 
 
@@ -199,13 +199,6 @@ class JointEncoder(nn.Module):
                 f"black-box vector {index} has norm {float(norm[index]):g} (and {int(bad.sum())} are like it): fetch it again"
             )
         return functional.normalize(black, dim=1)
-
-
-def check_kind(kind: str) -> str:
-    """Return `kind`; raise `InvalidInput` that quotes it where it is none."""
-    if kind not in KINDS:
-        raise InvalidInput(f"kind must be 'query' or 'document', got {kind!r}")
-    return kind
 
 
 def _augment_class(name: str, folder: str | Path) -> Any:

@@ -15,9 +15,10 @@ from noisewise.errors import InvalidInput
 from noisewise.retrieval.fitting import RankingData, RetrievalFit, fit_joint
 from noisewise.retrieval.forms import Form
 from noisewise.retrieval.guard import Candidate, GuardReport, choose
-from noisewise.retrieval.joint import KINDS, JointEncoder
+from noisewise.retrieval.joint import JointEncoder
 from noisewise.retrieval.lexical import LexicalBlock
 from noisewise.retrieval.pairs import Pairs, first_copies, folds_by_passage, ndcg, split_by_passage
+from noisewise.retrieval.vectors import KINDS
 
 __all__ = [
     "ALONE",

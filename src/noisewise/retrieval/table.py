@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError, require
 from noisewise.pretrained import read_pretrained, write_pretrained
-from noisewise.retrieval.joint import check_kind
+from noisewise.retrieval.vectors import check_kind
 from noisewise.training import check_share
 from noisewise.typing import check_count
 

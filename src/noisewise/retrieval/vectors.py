@@ -10,6 +10,7 @@ from jaxtyping import Float
 from noisewise.errors import InvalidInput, NoisewiseError
 
 __all__ = [
+    "KINDS",
     "BlackBox",
     "CostEstimate",
     "FetchCost",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Kind = Literal["query", "document"]
+KINDS = ("query", "document")
 _SHOWN = 40
 # of English; other languages have fewer
 _BYTES_PER_TOKEN = 4
@@ -99,10 +101,11 @@ class RefusedText(UnusableText, InvalidInput):
     """A text that is not even asked for."""
 
 
-def check_kind(kind: str) -> None:
-    """Raise `InvalidInput` for what is neither "query" nor "document"."""
-    if kind not in ("query", "document"):
+def check_kind(kind: str) -> str:
+    """Return `kind`; raise `InvalidInput` that quotes it where it is neither "query" nor "document"."""
+    if kind not in KINDS:
         raise InvalidInput(f"kind must be 'query' or 'document', got {kind!r}")
+    return kind
 
 
 def check_not_empty(texts: Sequence[str]) -> None:
