@@ -175,7 +175,8 @@ def test_a_corpus_is_read_without_judgements(tmp_path):
     [
         ({"title": "Herons", "text": "wait"}, "Herons wait"),
         ({"title": "", "text": "wait"}, "wait"),
-        ({"title": " ", "text": " wait\n"}, "wait"),
+        ({"title": "Herons ", "text": " wait\n"}, "Herons wait"),
+        ({"title": " ", "text": " wait\n"}, " wait\n"),
         ({"title": "Herons", "text": ""}, "Herons"),
         ({"text": "wait"}, "wait"),
     ],

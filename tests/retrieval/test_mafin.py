@@ -256,6 +256,31 @@ def test_one_text_gives_one_vector_and_none_gives_none(fitted):
     assert isinstance(fitted.encode_query("a", convert_to_tensor=True), torch.Tensor)
 
 
+def test_what_is_no_text_is_named(fitted, shapes_unchecked):
+    for given, said in (
+        ([None], "text 0 is no text but None"),
+        ([{"text": "a"}], "text_of"),
+        (3, "text 0 is no text but 3"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            fitted.encode_document(given)
+    vectors = fitted.encode_document(["a", "b"])
+    with pytest.raises(InvalidInput, match="queries have 10 numbers a vector"):
+        fitted.similarity(vectors[:, :10], vectors)
+
+
+def test_a_text_is_embedded_as_it_is_given(report_of_lyft):
+    corpus, queries, judged = report_of_lyft
+    asked: list[str] = []
+
+    def noted(texts):
+        asked.extend(texts)
+        return trigrams(texts)
+
+    Mafin(noted, LexicalBlock(dim=64)).fit({name: text_of(of) + "\n" for name, of in corpus.items()}, queries, judged)
+    assert set(asked) >= {text_of(of) + "\n" for of in corpus.values()}
+
+
 def test_passages_may_be_texts_and_judgements_pairs(report_of_lyft):
     corpus, queries, judged = report_of_lyft
     texts = {name: text_of(passage) for name, passage in corpus.items()}
@@ -306,6 +331,10 @@ def test_bad_input_is_refused_before_the_black_box_is_asked(report_of_lyft, shap
         ((corpus | {"odd": 3}, queries, judged), {}, "passage 'odd'"),
         ((corpus, queries, {first: ["d"]}), {}, "must map documents to grades"),
         ((corpus, queries, ["pair"]), {}, "a pair is"),
+        ((corpus, queries, None), {}, "pairs of ids, got NoneType"),
+        ((corpus, list(queries.values()), judged), {}, "queries must map ids to texts, got list"),
+        ((corpus, queries | {first: None}, judged), {}, "must be a text, got None"),
+        ((corpus, queries, judged | {first: dict.fromkeys(judged[first])}), {}, "whole number, got None"),
     ):
         with pytest.raises(InvalidInput, match=said):
             Mafin(trigrams, LexicalBlock(dim=64)).fit(*given, **options)

@@ -178,6 +178,23 @@ def test_a_fit_is_a_folder_that_evaluates_and_is_asked_for_once(data, server, tm
         assert path.is_dir() or SECRET.encode() not in path.read_bytes()
 
 
+def test_a_fit_that_failed_before_it_trained_leaves_its_folder_and_its_vectors_to_a_corrected_one(
+    data, server, tmp_path, capsys
+):
+    out = tmp_path / "fit"
+    with pytest.raises(InvalidInput, match="black_dim must be at most"):
+        fit(data, out, server, "--augment", "words", "--black-dim", DIM + 1)
+    paid = len(server.requests)
+    fit(data, out, server, "--augment", "words", "--max-dim", DIM + 1024)
+    assert json.loads((out / "summary.json").read_text())["max_dim"] == DIM + 1024
+    # eight fixed texts, and what the first one paid for is there
+    assert len(server.requests) - paid <= 3
+    run("evaluate", out / "model", data, "--json")
+    capsys.readouterr()
+    with pytest.raises(RunFolderError, match="black_dim"):
+        fit(data, out, server, "--augment", "words", "--max-dim", DIM + 1024, "--black-dim", 4)
+
+
 def test_a_dry_run_asks_nothing_and_leaves_nothing(data, server, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(KEY)
     fit(data, tmp_path / "fit", server, "--dry-run", "--price", 2, "--rpm", 1, "--json")

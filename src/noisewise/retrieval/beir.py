@@ -83,9 +83,10 @@ def read_queries(folder: str | Path) -> Queries:
 
 
 def text_of(document: Mapping[str, str]) -> str:
-    """What is embedded of a passage: title and text joined by one space, the text alone without a title, as BEIR does."""
-    title, text = document.get("title", "").strip(), document["text"].strip()
-    return f"{title} {text}".strip()
+    """What is embedded of a passage: title and text joined by one space, as BEIR does; without a title the text as it is."""
+    title = (document.get("title") or "").strip()
+    # a text without a title is what its owner embeds elsewhere, white space included
+    return f"{title} {document['text'].strip()}".strip() if title else document["text"]
 
 
 def check_judgements(corpus: Corpus, queries: Queries, qrels: Qrels, name: str = "qrels") -> None:
@@ -95,7 +96,7 @@ def check_judgements(corpus: Corpus, queries: Queries, qrels: Qrels, name: str =
     judged query, or in a passage of the corpus (title and text together). `name` says in messages whose judgements they are.
     """
     _check_judged(corpus, queries, qrels, name)
-    _refuse("these passages are empty", [key for key, document in corpus.items() if not text_of(document)])
+    _refuse("these passages are empty", [key for key, document in corpus.items() if not text_of(document).strip()])
 
 
 def drop_empty(corpus: Corpus, queries: Queries, qrels: Qrels) -> tuple[Corpus, Queries, Qrels]:
@@ -103,7 +104,7 @@ def drop_empty(corpus: Corpus, queries: Queries, qrels: Qrels) -> tuple[Corpus, 
 
     No search finds an empty passage, so leaving it judged would only lower what every system can reach.
     """
-    kept = {key: document for key, document in corpus.items() if text_of(document)}
+    kept = {key: document for key, document in corpus.items() if text_of(document).strip()}
     asked = {query: text for query, text in queries.items() if text.strip()}
     judged = {
         query: left

@@ -138,6 +138,9 @@ def fit_command(
     form: Annotated[str | None, typer.Option(help="A row of the guard's table, to build unjudged.")] = None,
     weighting: Annotated[str, typer.Option(help="Of Mafin: equal, lambda or a number.")] = "equal",
     black_dim: Annotated[int | None, typer.Option(help="Keep so many principal directions of the black box.")] = None,
+    max_dim: Annotated[
+        int | None, typer.Option(help="Most numbers of a vector; pgvector indexes 2000, and 4000 as halfvec.")
+    ] = None,
     language: Language = "english",
     epochs: Annotated[float, typer.Option(help="Passes over the judged pairs.")] = 10.0,
     lr: Annotated[float, typer.Option(help="Largest learning rate of the small model.")] = 3e-3,
@@ -153,7 +156,7 @@ def fit_command(
         "query_type": query_type, "document_type": document_type, "query_prefix": query_prefix,
         "document_prefix": document_prefix, "too_long": too_long.value, "max_tokens": check_count("--max-tokens", max_tokens),
         "split": split, "dev": dev, "search": search, "augment": augment.value, "form": form, "weighting": weighting,
-        "black_dim": black_dim, "language": language, "epochs": check_positive("--epochs", epochs),
+        "black_dim": black_dim, "max_dim": max_dim, "language": language, "epochs": check_positive("--epochs", epochs),
         "lr": check_positive("--lr", lr), "batch_size": check_count("--batch-size", batch_size),
         "hard_negatives": check_count("--hard-negatives", hard_negatives, 0), "seed": check_count("--seed", seed, 0),
     }  # fmt: skip
@@ -169,6 +172,7 @@ def fit_command(
             return
         command = {"command": "retrieval fit", "data": data, "data_sha256": _digest(corpus, queries, qrels), **options}
         record = out / COMMAND
+        _reclaim(out, command)
         if record.is_file():
             claim(out, command, (RUN, _MODEL))
         if not (record.is_file() and _finished(out)):
@@ -183,7 +187,7 @@ def fit_command(
             from noisewise.retrieval.mafin import Mafin
 
             resumed = (out / RUN).is_dir()
-            mafin = Mafin(box, list(parts.values()), weight, black_dim=black_dim, seed=seed).fit(
+            mafin = Mafin(box, list(parts.values()), weight, black_dim=black_dim, max_dim=max_dim, seed=seed).fit(
                 corpus, queries, judged, held or None, search=searched, form=form, resume=out / RUN, progress=True,
                 epochs=options["epochs"], lr=options["lr"], batch_size=batch_size, hard_negatives=hard_negatives,
             )  # fmt: skip
@@ -214,6 +218,9 @@ def evaluate_command(
 ) -> None:
     """Score a fitted model on a split of DATA beside its black box, with the paired interval of the gain."""
     with interruptible("what was fetched is kept"):
+        if model.name == _MODEL and (model.parent / COMMAND).is_file():
+            # OUT/model is what the fit says that it wrote
+            model = model.parent
         options = _options_of(model)
         corpus, queries, qrels = _load(data)
         judged = _judged(qrels, split, data)
@@ -496,6 +503,14 @@ def _cache_of(folder: Path) -> Path:
     """Where the fit in `folder` keeps its vectors."""
     kept = read_json(folder / SUMMARY).get("cache") if (folder / SUMMARY).is_file() else None
     return Path(kept) if kept is not None and Path(kept).is_file() else folder / _CACHE
+
+
+def _reclaim(out: Path, command: dict[str, Any]) -> None:
+    """Let a corrected command have the folder of one that failed before it trained anything; vectors that were paid stay."""
+    record = out / COMMAND
+    untouched = not any((out / name).exists() for name in (RUN, _MODEL, SUMMARY, REPORT))
+    if record.is_file() and untouched and read_command(record).get("command") == command["command"]:
+        write_atomically(record, json.dumps(command, indent=2))
 
 
 def _options_of(folder: Path) -> dict[str, Any]:

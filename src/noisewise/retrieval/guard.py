@@ -84,8 +84,8 @@ class GuardReport:
         level = "5 % shared out among the candidates" if self.corrected else "95 %"
         return (
             f"The black box is left only where the lower bound ({level}, one-sided) of the paired gain is above 0, and then for "
-            f"the simplest within one standard error of the best. Were nothing better, it would be left in about "
-            f"{100 * self.false_alarm:.2g} % of such samples of queries."
+            "the simplest that is behind the best by no more than one standard error of that difference. Were nothing better, it "
+            f"would be left in about {100 * self.false_alarm:.2g} % of such samples of queries."
         )
 
     def to_dict(self) -> dict[str, Any]:

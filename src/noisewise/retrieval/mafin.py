@@ -14,7 +14,7 @@ from torch.nn import functional
 from noisewise.errors import InvalidInput, NoisewiseError, RunFolderError
 from noisewise.files import write_atomically
 from noisewise.pretrained import read_pretrained, write_pretrained
-from noisewise.retrieval.beir import Corpus, Qrels, check_judgements, text_of
+from noisewise.retrieval.beir import Corpus, Qrels, Queries, check_judgements, text_of
 from noisewise.retrieval.blackbox import CachedBlackBox, FetchCost
 from noisewise.retrieval.bm25 import BM25
 from noisewise.retrieval.cache import EmbeddingCache
@@ -112,7 +112,7 @@ class Mafin:
         seed = check_count("seed", self.seed, 0)
         table, lexical = _parts(self.augment, seed)
         added = 0 if form is None else check_form(form, table, lexical)
-        passages, asked = _corpus(corpus), dict(queries)
+        passages, asked = _corpus(corpus), _queries(queries)
         judged, held = _qrels(qrels), {} if dev is None else _qrels(dev)
         twice = sorted(judged.keys() & held.keys())
         if twice:
@@ -186,6 +186,8 @@ class Mafin:
     def similarity(self, queries: Any, documents: Any) -> Float[Tensor, "query document"]:
         """Cosines of two sets of vectors."""
         a, b = (torch.as_tensor(np.asarray(part)).float() for part in (queries, documents))
+        if a.shape[-1] != b.shape[-1]:
+            raise InvalidInput(f"queries have {a.shape[-1]} numbers a vector, documents {b.shape[-1]}")
         return (
             functional.normalize(a.reshape(-1, a.shape[-1]), dim=1)
             @ functional.normalize(b.reshape(-1, b.shape[-1]), dim=1).mT
@@ -315,7 +317,18 @@ class Mafin:
         normalize_embeddings: bool = True,
     ) -> Any:
         form = self._fitted()
-        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        texts = (
+            [sentences]
+            if isinstance(sentences, str)
+            else list(sentences)
+            if isinstance(sentences, Iterable)
+            else [sentences]
+        )
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InvalidInput(
+                    f"text {index} is no text but {text!r:.60}: text_of(passage) joins a title and a text"
+                )
         if not texts:
             found = torch.empty(0, form.dim)
         else:
@@ -376,8 +389,19 @@ def _corpus(corpus: Mapping[str, Any]) -> Corpus:
             passage = {"title": "", "text": passage}
         if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
             raise InvalidInput(f"passage {name!r} must be a text or hold one as 'text', got {passage!r:.80}")
-        made[str(name)] = dict(passage)
+        made[str(name)] = {**passage, "title": str(passage.get("title") or "")}
     return made
+
+
+def _queries(queries: Mapping[str, str]) -> Queries:
+    if not isinstance(queries, Mapping):
+        raise InvalidInput(
+            f"queries must map ids to texts, got {type(queries).__name__}: dict(zip(ids, texts)) makes one"
+        )
+    for name, text in queries.items():
+        if not isinstance(text, str):
+            raise InvalidInput(f"query {name!r} must be a text, got {text!r:.60}")
+    return {str(name): text for name, text in queries.items()}
 
 
 def _qrels(qrels: Mapping[str, Mapping[str, int]] | Iterable[tuple[str, str]]) -> Qrels:
@@ -385,13 +409,22 @@ def _qrels(qrels: Mapping[str, Mapping[str, int]] | Iterable[tuple[str, str]]) -
         for query, judged in qrels.items():
             if not isinstance(judged, Mapping):
                 raise InvalidInput(f"qrels[{query!r}] must map documents to grades, got {judged!r:.60}")
+            for document, grade in judged.items():
+                if isinstance(grade, bool) or not isinstance(grade, int | np.integer):
+                    raise InvalidInput(f"the grade of {query!r} and {document!r} must be a whole number, got {grade!r}")
         # a query without anything relevant teaches nothing and cannot be judged
-        return {query: dict(judged) for query, judged in qrels.items() if any(grade > 0 for grade in judged.values())}
+        return {
+            str(query): {str(document): int(grade) for document, grade in judged.items()}
+            for query, judged in qrels.items()
+            if any(grade > 0 for grade in judged.values())
+        }
     made: Qrels = {}
-    for pair in qrels:
+    if isinstance(qrels, str) or not isinstance(qrels, Iterable):
+        raise InvalidInput(f"qrels must be {{query: {{document: grade}}}} or pairs of ids, got {type(qrels).__name__}")
+    for pair in qrels.tolist() if isinstance(qrels, np.ndarray) else qrels:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InvalidInput(f"a pair is (query id, document id), got {pair!r:.60}")
-        made.setdefault(pair[0], {})[pair[1]] = 1
+        made.setdefault(str(pair[0]), {})[str(pair[1])] = 1
     return made
 
 

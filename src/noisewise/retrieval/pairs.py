@@ -202,7 +202,8 @@ def folds_by_passage(
         training = ~held & ~np.isin(document, document[held])
         if not held.any() or not training.any():
             raise InvalidInput(
-                f"fold {index} of {number} has {int(held.sum())} pairs and leaves {int(training.sum())}: label more"
+                f"fold {index} of {number} has {int(held.sum())} pairs and leaves {int(training.sum())}: label queries "
+                "for more passages"
             )
         parts.append((pairs[torch.from_numpy(training)], pairs[torch.from_numpy(held)]))
     return parts

@@ -211,7 +211,7 @@ def _distinct(
 
 
 def _texts_of(corpus: Corpus) -> dict[str, str]:
-    return {name: text for name, document in corpus.items() if (text := text_of(document))}
+    return {name: text for name, document in corpus.items() if (text := text_of(document)).strip()}
 
 
 def _asked_for(
