@@ -65,3 +65,6 @@ def test_grades_are_looked_up_by_query_and_document():
     pairs = Pairs(torch.tensor([0, 0, 3]), torch.tensor([5, 2, 7]), torch.tensor([1.0, 2.0, 3.0]))
     found = pairs.grades(torch.tensor([3, 0, 9]), torch.tensor([2, 7, 5, 11]))
     assert found.tolist() == [[0, 3, 0, 0], [2, 0, 1, 0], [0, 0, 0, 0]]
+    # in any order, and more than once
+    again = pairs.grades(torch.tensor([0, 3, 0]), torch.tensor([7, 2, 2]))
+    assert again.tolist() == [[0, 2, 2], [3, 0, 0], [0, 2, 2]]

@@ -88,13 +88,16 @@ class Pairs:
     def grades(
         self, queries: Int[Tensor, " query"], documents: Int[Tensor, " document"]
     ) -> Float[Tensor, "query document"]:  # fmt: skip
-        """Of each of the distinct queries with each of the distinct documents, 0 where no pair is."""
-        found = torch.zeros(len(queries), len(documents))
+        """Of each query with each document, 0 where no pair is."""
+        (rows, row_of), (columns, column_of) = (part.unique(return_inverse=True) for part in (queries, documents))
+        found = torch.zeros(len(rows), len(columns))
         if len(self):
-            row, column = _places(queries, self.query), _places(documents, self.document)
+            row, column = _places(rows, self.query), _places(columns, self.document)
             known = (row >= 0) & (column >= 0)
             found[row[known], column[known]] = self.grade[known]
-        return found
+        # the usual case, of sorted and distinct ones, without another copy of what may be large
+        found = found if torch.equal(rows, queries) else found[row_of]
+        return found if torch.equal(columns, documents) else found[:, column_of]
 
 
 @dataclass(frozen=True)
