@@ -195,11 +195,6 @@ def test_a_fit_that_failed_before_it_trained_leaves_its_folder_and_its_vectors_t
         fit(data, out, server, "--augment", "words", "--max-dim", DIM + 1024, "--black-dim", 4)
 
 
-def test_empty_passages_are_left_out_and_said(data, server, capsys):
-    fit(data, data / "fit", server, "--dry-run")
-    assert f"1 empty passages of {data} left out" in capsys.readouterr().err
-
-
 def test_a_dry_run_asks_nothing_and_leaves_nothing(data, server, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(KEY)
     fit(data, tmp_path / "fit", server, "--dry-run", "--price", 2, "--rpm", 1, "--json")

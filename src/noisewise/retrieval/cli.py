@@ -353,10 +353,6 @@ def _load(source: str) -> "tuple[Corpus, Queries, dict[str, Qrels]]":
 
     corpus, queries, qrels = load_beir(source)
     kept, asked, _ = drop_empty(corpus, queries, {})
-    empty = {"passages": len(corpus) - len(kept), "queries": len(queries) - len(asked)}
-    for what, number in empty.items():
-        if number:
-            typer.echo(f"noisewise: {number} empty {what} of {source} left out, with what was judged of them", err=True)
     return kept, asked, {split: drop_empty(corpus, queries, judged)[2] for split, judged in qrels.items()}
 
 
