@@ -245,7 +245,7 @@ def test_a_fit_killed_while_it_embeds_and_while_it_trains_goes_on_and_pays_once(
     assert kept <= fetched
     assert len(server.answered) == 330
     process = start(*command)
-    _, errors = process.communicate(timeout=500)
+    _, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
     # the probes, and nothing else
     assert server.answered.total() == fetched + 8
@@ -257,7 +257,7 @@ def test_a_fit_killed_while_it_embeds_and_while_it_trains_goes_on_and_pays_once(
     assert "Nothing was measured" in (out / "model" / "README.md").read_text()
     # and it is what an uninterrupted one is
     process = start("fit", data, "-o", tmp_path / "whole", *command[4:], "--cache", out / "vectors.sqlite")
-    _, errors = process.communicate(timeout=500)
+    _, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
     for name in ("model.safetensors", "joint/model.safetensors"):
         assert (tmp_path / "whole/model" / name).read_bytes() == (out / "model" / name).read_bytes()
