@@ -23,7 +23,7 @@ KEY, SECRET = "NOISEWISE_TEST_KEY", "sk-do-not-write-me-0123456789"
 TOPICS = "harbour lantern cobalt meadow granite falcon ribbon walnut ember tundra violin saffron anchor marble".split()  # noqa: SIM905
 DIM = 16
 # of one step each: longer than the two seconds between checkpoints
-EPOCHS = 500
+EPOCHS = 1500
 
 
 def of_words(text):
